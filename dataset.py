@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import sys
 from functools import partial
 from multiprocessing import Pool
 
@@ -36,6 +37,16 @@ def explain(expected):
         raise InputError(f"{expected} ({reason})") from error
 
 
+def run_main(main):
+    """Runs a script; a user's mistake ends it with one message and no traceback."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"{sys.argv[0]}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{sys.argv[0]}: interrupted; the same command goes on from here")
+
+
 def load_audio(path):
     """An audio file of any format and rate -> mono float32 waveform at 16 kHz, (n_samples,).
 
@@ -52,28 +63,28 @@ def load_audio(path):
     return waveform
 
 
-def check_line(line, folder, training):
-    """(seconds of audio, None) of a jsonl line, or (0, what is wrong with it).
+def audio_seconds(path):
+    """Duration of an audio file, from its header where libsndfile reads it. Raises InputError."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    try:
+        seconds = soundfile.info(path).duration
+    except soundfile.LibsndfileError:
+        seconds = 0.0
+    return seconds or len(load_audio(path)) / SAMPLE_RATE
 
-    Where audio cannot be decoded, recognition goes on without it: that is wrong in training only.
-    """
+
+def check_line(line, folder, training):
+    """(seconds of audio, None) of a jsonl line (bytes), or (0, what is wrong with it)."""
     try:
         with explain('expected {"wav": "a path", "txt": "its transcript"}'):
             utterance = json.loads(line)
             path = os.path.join(folder, utterance["wav"])
             text = utterance["txt"] if training else utterance.get("txt", "")
             assert isinstance(text, str), "txt is not a string"
-        if not os.path.isfile(path):
-            raise InputError(f"{path}: no such file")
+        return audio_seconds(path), None
     except InputError as error:
         return 0.0, str(error)
-    try:
-        with contextlib.suppress(soundfile.LibsndfileError):
-            if seconds := soundfile.info(path).duration:  # from the header
-                return seconds, None
-        return len(load_audio(path)) / SAMPLE_RATE, None
-    except InputError as error:
-        return 0.0, str(error) if training else None
 
 
 class Utterances(torch.utils.data.Dataset):

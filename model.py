@@ -116,9 +116,6 @@ class SpeechLLM(nn.Module):
         """
         text = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # (B, T, D)
         states = self.encoder(waveforms.view(torch.float32))  # (B, n_audio_ctx, n_audio_state)
-        if not self.settings["all_speech_embeddings"]:  # project no more than the longest takes
-            stride = self.projector.conv1d.stride[0]
-            states = states[:, : -(-waveforms.shape[1] // (stride * N_SAMPLES_PER_TOKEN)) * stride]
         speech = self.projector(states.to(self.projector.linear1.weight.dtype)).to(text.dtype)
         is_speech = (input_ids == SPEECH)[..., None]  # (B, T, 1)
         nth = (is_speech.cumsum(1) - 1).clamp(min=0)  # which of a row's N embeddings stands at t

@@ -9,41 +9,38 @@ Writes result.txt (line i is the hypothesis of line i) and result.txt.report. A 
 leaves what it has decoded in result.txt.partial-*, and the same command goes on from there.
 """
 
-import glob
 import hashlib
 import json
 import os
 import re
-import sys
-import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import jiwer
-import numpy as np
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from whisper.audio import SAMPLE_RATE
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from whisper.utils import compression_ratio
 
-from dataset import InputError, Utterances, load_audio
+from dataset import InputError, Utterances, load_audio, run_main
 from model import ModelArguments, load_speech_llm
 
 UNSPACED = r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"  # Thai, kana, Han
 REFUSAL = (  # the LLM talks to the user about the task
     r"(?i)(sorry|apolog|unfortunately|unable|cannot|can't|as an ai|appears|please).{0,80}"
-    r"(to transcribe|transcribe (the|this|any|that)|(audio|speech) (file|clip|input|provided)|"
-    r"language model)|(抱歉|对不起|无法|没有|请提供|作为).{0,20}(转录|转写|音频|语音|录音|语言模型)"
+    r"(to transcribe|transcribe (the|this|any|that)|(audio|speech) (file|clip|input|provided)"
+    r"|language model)|(抱歉|对不起|无法|没有|请提供|作为).{0,20}(转录|转写|音频|语音|录音|模型)"
 )
 LOOP = r"(\S.{0,60}?)\1{7,}"  # whatever is said eight times in a row
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DecodingArguments:
     data_path: str  # jsonl of {"wav": ...}, and "txt" to score against
     result_path: str = "result.txt"
@@ -52,9 +49,9 @@ class DecodingArguments:
     length_penalty: float = 1.0  # above 0 favours longer beams
     max_new_tokens: int | None = None  # by default 20, and one for each 0.1 s of audio
     metric: str = "auto"  # wer, cer, or auto: cer where references are mostly Han, kana or Thai
-    normalize: bool = False  # with Whisper's text normaliser: its English one if all is ASCII
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: str = "bfloat16" if torch.cuda.is_available() else "float32"
+    normalize: bool = False  # by Whisper's text normaliser: the English one if all is ASCII
+    dtype: str | None = None  # by default bfloat16 on a GPU, float32 on a CPU
+    use_cpu: bool = False
     num_workers: int = min(4, os.cpu_count())  # processes that load audio
 
 
@@ -89,35 +86,31 @@ def load_windows(utterances, window):
     """[(line, its windows of audio, None or why there are none)] of Utterances' items."""
     loaded = []
     for utterance in utterances:
+        windows, error = [], None
         try:
             windows = split_at_pauses(load_audio(utterance["wav"]), window)
-            loaded.append((utterance["line"], windows, None))
-        except InputError as error:
-            loaded.append((utterance["line"], [], str(error)))
+        except InputError as unreadable:
+            error = str(unreadable)
+        loaded.append((utterance["line"], windows, error))
     return loaded
 
 
-def transcribe(model, rows, waveforms, max_new_tokens=None, num_beams=1, length_penalty=1.0):
+def transcribe(model, rows, waveforms, args):
     """[(text, stopped)] of waveforms of at most a window; stopped: by a stop token of the LLM.
 
     A row ends at its own limit, so that it does not depend on the rows that share its batch.
     """
-    device = next(model.projector.parameters()).device
     batch = rows.batch(waveforms, [[] for _ in waveforms])
-    limits = [max_new_tokens or 20 + -(-len(w) // rows.samples_per_embedding) for w in waveforms]
+    device, per_embedding = model.projector.conv1d.weight.device, rows.samples_per_embedding
+    limits = [args.max_new_tokens or 20 + len(wave) // per_embedding for wave in waveforms]
     row_limits = torch.tensor(limits, device=device)
 
     def at_limit(ids, scores, **kwargs):  # ids (rows x beam candidates, new tokens)
         return ids.shape[1] >= row_limits.repeat_interleave(len(ids) // len(limits))
 
-    output = model.generate(
-        batch["input_ids"].to(device),
-        batch["waveforms"].to(device),
-        max_new_tokens=max(limits),
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-        stopping_criteria=[at_limit],
-    )
+    search = {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
+    search |= {"max_new_tokens": max(limits), "stopping_criteria": [at_limit]}
+    output = model.generate(batch["input_ids"].to(device), batch["waveforms"].to(device), **search)
     results, stop_ids = [], model.llm.generation_config.eos_token_id
     for ids, limit in zip(output.tolist(), limits, strict=True):
         length = next((t for t, i in enumerate(ids[:limit]) if i in stop_ids), limit)
@@ -130,35 +123,30 @@ def decode(model, rows, utterances, batches, args):
     """Yields a record for each utterance: {"line", "text", "flag", "error"}."""
     load = partial(load_windows, window=rows.window)
     options = {"batch_sampler": batches, "collate_fn": load, "num_workers": args.num_workers}
-    search = (args.max_new_tokens, args.num_beams, args.length_penalty)
     for batch in torch.utils.data.DataLoader(utterances, **options):
-        waveforms = [window for _, windows, _ in batch for window in windows]
-        texts = []
-        for k in range(0, len(waveforms), args.batch_size):
-            texts += transcribe(model, rows, waveforms[k : k + args.batch_size], *search)
+        windows = [window for _, windows, _ in batch for window in windows]
+        pieces = []
+        for k in range(0, len(windows), args.batch_size):
+            pieces += transcribe(model, rows, windows[k : k + args.batch_size], args)
         for line, windows, error in batch:
-            pieces, texts = texts[: len(windows)], texts[len(windows) :]
-            text, stopped = " ".join(piece for piece, _ in pieces), all(end for _, end in pieces)
+            mine, pieces = pieces[: len(windows)], pieces[len(windows) :]
+            text, stopped = " ".join(text for text, _ in mine), all(end for _, end in mine)
             flag = hallucination(text, utterances.seconds[line - 1], stopped)
             flag = "unreadable" if error else flag
             yield {"line": line, "text": text, "flag": flag, "error": error}
 
 
-def read_records(prefix):
-    """{line: record} of the files of JSON lines that processes write while they decode."""
-    records = {}
-    for path in glob.glob(glob.escape(prefix) + "*"):
-        with open(path, encoding="utf-8") as file, suppress(ValueError):
-            for record in map(json.loads, file):  # a kill may have torn the last line
-                records[record["line"]] = record
-    return records
+def read_records(paths):
+    """{line: record} of files of JSON lines, the last of which a kill may have torn."""
+    texts = [text for path in paths for text in path.read_text("utf-8").split("\n")[:-1]]
+    return {record["line"]: record for record in map(json.loads, texts)}
 
 
 def write_whole(path, lines):
-    """Writes lines of text to a file that appears whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)
-    os.replace(path + ".tmp", path)
+    """A text file that appears whole or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    aside.replace(path)
 
 
 def score(pairs, metric, normalize):
@@ -176,21 +164,24 @@ def score(pairs, metric, normalize):
 
 
 def report(utterances, records, args):
-    """The score in a few lines, and jiwer's alignments of the errors."""
-    scored = [r for r in records if "txt" in utterances[r["line"] - 1]]
-    if not scored:
-        return ["no line has a txt to score against"], ""
-    pairs = [(utterances[record["line"] - 1]["txt"], record["text"]) for record in scored]
-    metric, every = score(pairs, args.metric, args.normalize)
-    unflagged = [pair for pair, r in zip(pairs, scored, strict=True) if not r["flag"]]
-    _, kept = score(unflagged or [("", "")], metric, args.normalize)
-    head = [
-        f"{metric.upper()} {100 * getattr(every, metric):.2f}/{100 * getattr(kept, metric):.2f} "
-        f"(% of all {len(pairs)} utterances / of the {len(unflagged)} that are not flagged): "
-        f"{every.substitutions} substitutions, {every.deletions} deletions, {every.insertions} "
-        f"insertions in {every.hits + every.substitutions + every.deletions}"
-    ]
-    return head, jiwer.visualize_alignment(every, show_measures=False, skip_correct=True)
+    """(lines of results, lines of detail): rates and counts; flagged lines and alignments."""
+    flagged = [record for record in records if record["flag"]]
+    counts = Counter(record["flag"] for record in flagged)
+    results = ["flagged: " + (", ".join(f"{n} {flag}" for flag, n in counts.items()) or "none")]
+    details = [f"{args.data_path}:{r['line']}: {r['flag']}: {r['text']}" for r in flagged]
+    pairs = [(utterances[r["line"] - 1].get("txt"), r["text"], r["flag"]) for r in records]
+    every = [(reference, text) for reference, text, _ in pairs if reference is not None]
+    if every:
+        kept = [(ref, text) for ref, text, flag in pairs if ref is not None and not flag]
+        metric, output = score(every, args.metric, args.normalize)
+        rates = [output, score(kept or [("", "")], metric, args.normalize)[1]]
+        rates = "/".join(f"{100 * getattr(rate, metric):.2f}" for rate in rates)
+        n_right, n_wrong = output.hits, (output.substitutions, output.deletions, output.insertions)
+        errors = "{} substitutions, {} deletions, {} insertions".format(*n_wrong)
+        of = f"% (of all / of what is not flagged); {n_right + sum(n_wrong[:2])} in the references"
+        results.insert(0, f"{metric.upper()} {rates} {of}, {errors}")
+        details.append(jiwer.visualize_alignment(output, show_measures=False, skip_correct=True))
+    return results, details
 
 
 def main():
@@ -198,58 +189,46 @@ def main():
         (ModelArguments, DecodingArguments), usage="recognize.py --FLAG VALUE"
     )
     model_args, args = parser.parse_args_into_dataclasses()
-    utterances = Utterances(args.data_path, training=False)
-    if not os.path.isdir(os.path.dirname(args.result_path) or "."):
-        raise InputError(f"--result_path {args.result_path}: make its folder first")
-    rank, n_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if n_ranks > 1:  # only to wait for each other, however long
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    model, rows = load_speech_llm(model_args, args.device, getattr(torch, args.dtype))
-    model.to(args.device).eval()
+    utterances, result = Utterances(args.data_path, training=False), Path(args.result_path)
+    if not result.parent.is_dir():
+        raise InputError(f"--result_path {result}: make its folder first")
+    state = PartialState(args.use_cpu, timeout=timedelta(days=30))  # ranks wait however long
+    dtype = args.dtype or ("float32" if state.device.type == "cpu" else "bfloat16")
+    model, rows = load_speech_llm(model_args, state.device, getattr(torch, dtype))
+    model.to(state.device).eval()
     run = json.dumps([vars(model_args), vars(args), hashlib.sha256(utterances.data).hexdigest()])
-    partial_path = f"{args.result_path}.partial-{hashlib.sha256(run.encode()).hexdigest()[:8]}-"
-    done = read_records(partial_path)
-    if n_ranks > 1:
-        torch.distributed.barrier()  # nobody writes before everybody has read
+    partials = f"{result.name}.partial-{hashlib.sha256(run.encode()).hexdigest()[:8]}-"
+    done = read_records(result.parent.glob(partials + "*"))
+    state.wait_for_everyone()  # nobody writes before everybody has read
     # Longest first, and what needs several windows is a batch of its own
-    todo = [i for i in np.argsort(-utterances.seconds, kind="stable").tolist() if i + 1 not in done]
-    n_long = int((utterances.seconds[todo] * SAMPLE_RATE > rows.window).sum())
-    batches = [[i] for i in todo[:n_long]]
-    batches += [todo[k : k + args.batch_size] for k in range(n_long, len(todo), args.batch_size)]
-    progress = tqdm(total=sum(map(len, batches[::n_ranks])), unit="utt", disable=rank > 0)
-    started = time.time()
-    with open(f"{partial_path}{rank}", "a", encoding="utf-8") as file:
-        for record in decode(model, rows, utterances, batches[rank::n_ranks], args):
+    seconds, size = utterances.seconds, args.batch_size
+    todo = sorted(set(range(len(seconds))) - {line - 1 for line in done}, key=lambda i: -seconds[i])
+    batches = [[i] for i in todo if seconds[i] * SAMPLE_RATE > rows.window]
+    batches += [todo[k : k + size] for k in range(len(batches), len(todo), size)]
+    batches = batches[state.process_index :: state.num_processes]
+    progress = tqdm(total=sum(map(len, batches)), unit="utt", disable=state.process_index > 0)
+    mine = result.parent / f"{partials}{state.process_index}-{os.getpid()}"
+    with open(mine, "w", encoding="utf-8") as file:
+        for record in decode(model, rows, utterances, batches, args):
             print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
             progress.update()
-    progress.close()
-    if n_ranks > 1:
-        torch.distributed.barrier()
-    if rank > 0:
+    state.wait_for_everyone()
+    if not state.is_main_process:
         return
-    records = [record for _, record in sorted(read_records(partial_path).items())]
-    flagged = [record for record in records if record["flag"]]
-    head, alignments = report(utterances, records, args)
-    head += [f"{n} {flag}" for flag, n in Counter(record["flag"] for record in flagged).items()]
-    seconds, wall = utterances.seconds[todo].sum(), time.time() - started
-    head.append(f"RTFx {seconds / wall:.1f} ({seconds:.1f} s of audio in {wall:.1f} s)")
-    listed = [f"{args.data_path}:{r['line']}: {r['flag']}: {r['text']}" for r in flagged]
-    write_whole(args.result_path, [record["text"] for record in records])
-    write_whole(f"{args.result_path}.report", [*head, *listed, run, alignments])
-    print(*head, sep="\n")
-    for path in glob.glob(glob.escape(args.result_path) + ".partial-*"):
-        os.remove(path)
+    records = read_records(result.parent.glob(partials + "*"))
+    records = [records[i + 1] for i in range(len(utterances))]
+    results, details = report(utterances, records, args)
+    audio, wall = sum(seconds[i] for i in todo), progress.format_dict["elapsed"]
+    results.append(f"RTFx {audio / wall:.1f} ({audio:.1f} s of audio in {wall:.1f} s)")
+    write_whole(result, [record["text"] for record in records])
+    write_whole(Path(f"{result}.report"), [*results, run, *details])
+    print(*results, sep="\n")
+    for path in result.parent.glob(f"{result.name}.partial-*"):
+        path.unlink()
     errors = [f"{args.data_path}:{r['line']}: {r['error']}" for r in records if r["error"]]
     if errors:
-        raise InputError("\n".join(["lines that are empty in the result:", *errors]))
+        raise InputError("\n".join(["these lines are empty in the result:", *errors]))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"recognize.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("recognize.py: interrupted; the same command goes on from here")
+    run_main(main)
