@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import os
-import sys
 from functools import partial
 from multiprocessing import Pool
 
@@ -23,8 +22,11 @@ SPEECH, PAD = -1, -2  # what stands in a row in place of a token id: a speech em
 IGNORE = -100  # a label that is no target
 
 
-class InputError(ValueError):
-    """A user's mistake: says which file, line or flag, what was expected, and how to mend it."""
+class InputError(SystemExit):
+    """A user's mistake: says which file, line or flag, what was expected, and how to mend it.
+
+    Uncaught, it ends a script with its message on stderr, status 1, and no traceback.
+    """
 
 
 @contextlib.contextmanager
@@ -35,16 +37,6 @@ def explain(expected):
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{expected} ({reason})") from error
-
-
-def run_main(main):
-    """Runs a script; a user's mistake ends it with one message and no traceback."""
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"{sys.argv[0]}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{sys.argv[0]}: interrupted; the same command goes on from here")
 
 
 def load_audio(path):
@@ -133,14 +125,15 @@ class Rows:
         self.max_speech = n_audio_ctx // stride  # embeddings in the encoder's window: 300 in 30 s
         self.samples_per_embedding = stride * N_SAMPLES_PER_TOKEN
         self.window = self.max_speech * self.samples_per_embedding  # samples
-        # Qwen3 must not think aloud, nor Llama 3.2 be told a date that differs at recognition
-        options = {"tokenize": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
-        turns = [
-            {"role": "user", "content": "<speech>" + prompt},
-            {"role": "assistant", "content": "<answer>"},
-        ]
-        asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **options)
-        answered = tokenizer.apply_chat_template(turns, **options)
+        render = partial(
+            tokenizer.apply_chat_template,
+            tokenize=False,
+            enable_thinking=False,  # Qwen3 must not think aloud
+            date_string="26 Jul 2024",  # Llama 3.2 would say today's, another one at recognition
+        )
+        user = {"role": "user", "content": "<speech>" + prompt}
+        asked = render([user], add_generation_prompt=True)
+        answered = render([user, {"role": "assistant", "content": "<answer>"}])
         self.prefix_ids, self.suffix_ids = map(self.tokenize, asked.split("<speech>"))
         # A turn ends with the special token that stands behind an answer; some have none there
         behind = self.tokenize(answered.split("<answer>")[1])

@@ -28,7 +28,7 @@ from whisper.audio import SAMPLE_RATE
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from whisper.utils import compression_ratio
 
-from dataset import InputError, Utterances, load_audio, run_main
+from dataset import InputError, Utterances, load_audio
 from model import ModelArguments, load_speech_llm
 
 UNSPACED = r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"  # Thai, kana, Han
@@ -83,16 +83,14 @@ def split_at_pauses(waveform, window):
 
 
 def load_windows(utterances, window):
-    """[(line, its windows of audio, None or why there are none)] of Utterances' items."""
+    """[(line, windows of its audio, None or why there are none)] of Utterances' items."""
     loaded = []
     for utterance in utterances:
-        windows, error = [], None
         try:
-            windows = split_at_pauses(load_audio(utterance["wav"]), window)
-        except InputError as unreadable:
-            error = str(unreadable)
-        loaded.append((utterance["line"], windows, error))
-    return loaded
+            loaded.append((split_at_pauses(load_audio(utterance["wav"]), window), None))
+        except InputError as error:
+            loaded.append(([], str(error)))
+    return [(u["line"], *windows) for u, windows in zip(utterances, loaded, strict=True)]
 
 
 def transcribe(model, rows, waveforms, args):
@@ -149,38 +147,37 @@ def write_whole(path, lines):
     aside.replace(path)
 
 
-def score(pairs, metric, normalize):
-    """(the metric's name, jiwer's output) of [(reference, hypothesis)]."""
-    text = "".join(reference for reference, _ in pairs)
-    if normalize:
-        normalizer = EnglishTextNormalizer() if text.isascii() else BasicTextNormalizer()
-        pairs = [map(normalizer, pair) for pair in pairs]
-    if metric == "auto":
-        metric = "cer" if 2 * len(re.findall(UNSPACED, text)) > len(text) else "wer"
-    space = "" if metric == "cer" else " "  # spaces never count in the CER
-    sides = zip(*([space.join(side.split()) for side in pair] for pair in pairs), strict=True)
-    process = jiwer.process_words if metric == "wer" else jiwer.process_characters
-    return metric, process(*map(list, sides))
-
-
 def report(utterances, records, args):
     """(lines of results, lines of detail): rates and counts; flagged lines and alignments."""
     flagged = [record for record in records if record["flag"]]
     counts = Counter(record["flag"] for record in flagged)
     results = ["flagged: " + (", ".join(f"{n} {flag}" for flag, n in counts.items()) or "none")]
     details = [f"{args.data_path}:{r['line']}: {r['flag']}: {r['text']}" for r in flagged]
-    pairs = [(utterances[r["line"] - 1].get("txt"), r["text"], r["flag"]) for r in records]
-    every = [(reference, text) for reference, text, _ in pairs if reference is not None]
-    if every:
-        kept = [(ref, text) for ref, text, flag in pairs if ref is not None and not flag]
-        metric, output = score(every, args.metric, args.normalize)
-        rates = [output, score(kept or [("", "")], metric, args.normalize)[1]]
-        rates = "/".join(f"{100 * getattr(rate, metric):.2f}" for rate in rates)
-        n_right, n_wrong = output.hits, (output.substitutions, output.deletions, output.insertions)
-        errors = "{} substitutions, {} deletions, {} insertions".format(*n_wrong)
-        of = f"% (of all / of what is not flagged); {n_right + sum(n_wrong[:2])} in the references"
-        results.insert(0, f"{metric.upper()} {rates} {of}, {errors}")
-        details.append(jiwer.visualize_alignment(output, show_measures=False, skip_correct=True))
+    scored = [i for i in range(len(records)) if "txt" in utterances[i]]
+    if not scored:
+        return results, details
+    sides = [utterances[i]["txt"] for i in scored], [records[i]["text"] for i in scored]
+    text, metric = "".join(sides[0]), args.metric
+    if args.normalize:
+        normalizer = EnglishTextNormalizer() if text.isascii() else BasicTextNormalizer()
+        sides = [list(map(normalizer, side)) for side in sides]
+    if metric == "auto":
+        metric = "cer" if 2 * len(re.findall(UNSPACED, text)) > len(text) else "wer"
+    process = jiwer.process_words
+    if metric == "cer":  # in which spaces never count
+        process = jiwer.process_characters
+        sides = [["".join(line.split()) for line in side] for side in sides]
+    every = process(*sides)
+    kept = [k for k, i in enumerate(scored) if not records[i]["flag"]]
+    rest = process(*([side[k] for k in kept] for side in sides))
+    total = every.hits + every.substitutions + every.deletions
+    results.insert(
+        0,
+        f"{metric.upper()} {100 * getattr(every, metric):.2f}/{100 * getattr(rest, metric):.2f} % "
+        f"(all/not flagged), {total} in the references: {every.substitutions} substitutions, "
+        f"{every.deletions} deletions, {every.insertions} insertions",
+    )
+    details.append(jiwer.visualize_alignment(every, show_measures=False, skip_correct=True))
     return results, details
 
 
@@ -231,4 +228,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import HfArgumentParser, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from dataset import Utterances, explain, run_main, training_set
+from dataset import Utterances, explain, training_set
 from model import ModelArguments, gathered, load_speech_llm
 
 
@@ -125,4 +125,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()
