@@ -47,7 +47,7 @@ def load_audio(path):
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (n, channels)
         waveform = soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE)
-    except soundfile.LibsndfileError:  # leaves the formats of ffmpeg, where that is installed
+    except (soundfile.LibsndfileError, TypeError, ValueError):  # leaves ffmpeg's formats
         with explain(f"{path}: neither libsndfile nor ffmpeg can decode it"):
             waveform = whisper.load_audio(path)
     if len(waveform) == 0 or not np.isfinite(waveform).all():
@@ -61,9 +61,10 @@ def audio_seconds(path):
         raise InputError(f"{path}: no such file")
     try:
         seconds = soundfile.info(path).duration
-    except soundfile.LibsndfileError:
+    except (soundfile.LibsndfileError, TypeError):
         seconds = 0.0
-    return seconds or len(load_audio(path)) / SAMPLE_RATE
+    # The header of what was a stream may have no length, or an absurd one
+    return seconds if 0 < seconds < 1e6 else len(load_audio(path)) / SAMPLE_RATE
 
 
 def check_line(line, folder, training):
@@ -74,6 +75,7 @@ def check_line(line, folder, training):
             path = os.path.join(folder, utterance["wav"])
             text = utterance["txt"] if training else utterance.get("txt", "")
             assert isinstance(text, str), "txt is not a string"
+            text.encode()  # half a surrogate pair is no text
         return audio_seconds(path), None
     except InputError as error:
         return 0.0, str(error)

@@ -30,6 +30,7 @@ class ModelArguments:
     projector_stride: int = 5  # encoder states, of 20 ms, per speech embedding
     prompt: str = "Transcribe the speech"  # follows the speech in the user turn
     all_speech_embeddings: bool = False  # the whole window's, not only those that cover audio
+    compile: bool = False  # torch.compile, in training and recognition: needs a C compiler
 
 
 class Projector(nn.Module):
@@ -73,7 +74,13 @@ class SpeechEncoder:
         waveforms = whisper.pad_or_trim(waveforms, self.dims.n_audio_ctx * N_SAMPLES_PER_TOKEN)
         with torch.autocast(waveforms.device.type, enabled=False):  # the log-mel needs its fp32
             mels = [whisper.log_mel_spectrogram(wav, self.dims.n_mels) for wav in waveforms]
-            return self.encoder(torch.stack(mels).to(self.dtype))
+            # cuDNN's attention is the fastest here, where all have one shape. For a new shape, as
+            # each of the LLM's is, it plans for a second.
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            batches = torch.stack(mels).to(self.dtype).split(64)  # bounds the memory
+            states = torch.cat([self.encoder(mel) for mel in batches])
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            return states
 
 
 class SpeechLLM(nn.Module):
@@ -186,6 +193,9 @@ def load_speech_llm(args, device, dtype, seed=0):
     stride, hidden_dim = settings["projector_stride"], settings["projector_hidden_dim"]
     projector = Projector(encoder.dims.n_audio_state, llm_dim, hidden_dim, stride)
     llm = AutoModelForCausalLM.from_pretrained(llm_name, dtype=dtype)
+    if args.compile:
+        for layer in [*encoder.encoder.blocks, *llm.get_decoder().layers]:
+            layer.compile()
     identity = fingerprint(encoder.encoder.conv1.weight, llm.get_input_embeddings().weight)
     model = SpeechLLM(encoder, projector, llm, settings | {"fingerprint": identity})
     if path:

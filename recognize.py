@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jiwer
 import torch
@@ -33,11 +34,13 @@ from model import ModelArguments, load_speech_llm
 
 UNSPACED = r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"  # Thai, kana, Han
 REFUSAL = (  # the LLM talks to the user about the task
-    r"(?i)(sorry|apolog|unfortunately|unable|cannot|can't|as an ai|appears|please).{0,80}"
-    r"(to transcribe|transcribe (the|this|any|that)|(audio|speech) (file|clip|input|provided)"
-    r"|language model)|(抱歉|对不起|无法|没有|请提供|作为).{0,20}(转录|转写|音频|语音|录音|模型)"
+    r"(?i)(sorry|apolog|unfortunately|unable|cannot|can't|appears|seems|there is no).{0,60}"
+    r"\b(to transcribe|transcribe (the|this|any|audio)|(audio|speech) (clip|input|provided|in)\b)"
+    r"|please (provide|upload).{0,20}(audio|speech|recording)|as an? (ai|(large )?language model)\b"
+    r"|here is the transcription|作为.{0,10}(语言模型|AI助手)|请(提供|上传).{0,10}(音频|语音|录音)"
+    r"|(抱歉|对不起|无法|不能).{0,20}(转录|转写|这段音频|音频(中|文件|内容)|语音内容)"
 )
-LOOP = r"(\S.{0,60}?)\1{7,}"  # whatever is said eight times in a row
+LOOP = r"([^\s\d].{0,60}?)\1{7,}"  # said eight times in a row; not the zeros of 100000000
 
 
 @dataclass(kw_only=True)
@@ -48,9 +51,9 @@ class DecodingArguments:
     num_beams: int = 1  # 1 is greedy search
     length_penalty: float = 1.0  # above 0 favours longer beams
     max_new_tokens: int | None = None  # by default 20, and one for each 0.1 s of audio
-    metric: str = "auto"  # wer, cer, or auto: cer where references are mostly Han, kana or Thai
+    metric: Literal["wer", "cer", "auto"] = "auto"  # cer if references are mostly Han, kana, Thai
     normalize: bool = False  # by Whisper's text normaliser: the English one if all is ASCII
-    dtype: str | None = None  # by default bfloat16 on a GPU, float32 on a CPU
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # bfloat16 on a GPU
     use_cpu: bool = False
     num_workers: int = min(4, os.cpu_count())  # processes that load audio
 
@@ -61,8 +64,8 @@ def hallucination(text, seconds, stopped):
         return "refusal"
     if re.search(LOOP, text + " ") or compression_ratio(text) > 2.4:  # as whisper.transcribe
         return "loop"
-    # nobody says 30 letters, or 10 characters of an unspaced script, a second
-    if len(text) + 2 * len(re.findall(UNSPACED, text)) > 15 + 30 * seconds:
+    # nobody says 30 letters, or 10 kana or Han characters, a second
+    if len(text) + 2 * len(re.findall(r"[\u3040-\u9fff]", text)) > 15 + 30 * seconds:
         return "too long"
     return None if stopped else "no stop"
 
@@ -128,15 +131,16 @@ def decode(model, rows, utterances, batches, args):
             pieces += transcribe(model, rows, windows[k : k + args.batch_size], args)
         for line, windows, error in batch:
             mine, pieces = pieces[: len(windows)], pieces[len(windows) :]
-            text, stopped = " ".join(text for text, _ in mine), all(end for _, end in mine)
-            flag = hallucination(text, utterances.seconds[line - 1], stopped)
-            flag = "unreadable" if error else flag
+            text = " ".join(text for text, _ in mine if text)
+            judged = zip(windows, mine, strict=True)  # all prose is a loop to zlib if long enough
+            flags = [hallucination(said, len(w) / SAMPLE_RATE, end) for w, (said, end) in judged]
+            flag = "unreadable" if error else next(filter(None, flags), None)
             yield {"line": line, "text": text, "flag": flag, "error": error}
 
 
 def read_records(paths):
     """{line: record} of files of JSON lines, the last of which a kill may have torn."""
-    texts = [text for path in paths for text in path.read_text("utf-8").split("\n")[:-1]]
+    texts = [text for path in paths for text in path.read_bytes().split(b"\n")[:-1]]
     return {record["line"]: record for record in map(json.loads, texts)}
 
 
@@ -204,7 +208,7 @@ def main():
     batches += [todo[k : k + size] for k in range(len(batches), len(todo), size)]
     batches = batches[state.process_index :: state.num_processes]
     progress = tqdm(total=sum(map(len, batches)), unit="utt", disable=state.process_index > 0)
-    mine = result.parent / f"{partials}{state.process_index}-{os.getpid()}"
+    mine = result.parent / f"{partials}{state.process_index}-{len(done)}"  # new at each restart
     with open(mine, "w", encoding="utf-8") as file:
         for record in decode(model, rows, utterances, batches, args):
             print(json.dumps(record, ensure_ascii=False), file=file, flush=True)

@@ -10,6 +10,7 @@ One GPU:   python train.py --llm_model_name_or_path Qwen2-1.5B-Instruct \\
 Besides the flags below, every flag of transformers.TrainingArguments works.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -21,9 +22,10 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from transformers import HfArgumentParser, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
-from dataset import Utterances, explain, training_set
+from dataset import InputError, Utterances, explain, training_set
 from model import ModelArguments, gathered, load_speech_llm
 
 
@@ -41,6 +43,13 @@ class TrainingArguments(transformers.TrainingArguments):
         self.eval_strategy = self.evaluation_strategy or self.eval_strategy
         self.warmup_steps = self.warmup_steps or self.warmup_ratio or 0  # below 1: a ratio
         super().__post_init__()
+
+
+class LengthSampler(LengthGroupedSampler):
+    """Batches of utterances of like duration, in an order that a resumed epoch finds again."""
+
+    def set_epoch(self, epoch):
+        self.generator = torch.Generator().manual_seed(epoch)
 
 
 class ProjectorTrainer(Trainer):
@@ -65,6 +74,13 @@ class ProjectorTrainer(Trainer):
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # before trainer_state.json, see newest_checkpoint
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        utterances, kept = self.train_dataset.dataset, self.train_dataset.indices
+        return LengthSampler(size, lengths=utterances.seconds[kept].tolist())
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Sums per utterance, so that token_metrics' averages do not depend on the batches."""
@@ -110,8 +126,13 @@ def main():
     model, rows = load_speech_llm(model_args, args.device, dtype, args.seed)
     kept = [training_set(utterances, rows, args.model_max_length) for utterances in sets]
     trainer = ProjectorTrainer(model, args, rows.collate, *kept, compute_metrics=token_metrics)
-    with args.main_process_first():
+    with args.main_process_first(local=args.save_on_each_node):
         checkpoint = args.resume_from_checkpoint or newest_checkpoint(args.output_dir)
+    if checkpoint and args.deepspeed:
+        n = len(glob.glob(os.path.join(glob.escape(checkpoint), "rng_state*.pth")))
+        if n != args.world_size:  # each holds a part of the optimizer's state
+            remedy = f"start {n}, or give --projector_model_path and a new --output_dir"
+            raise InputError(f"{checkpoint} is of {n} processes, not {args.world_size}: {remedy}")
     if args.process_index == 0:
         for path, utterances, subset in zip(paths, sets, kept, strict=True):
             left_out = (

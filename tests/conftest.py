@@ -60,7 +60,10 @@ FAMILIES = {
     ),
     "llama3": (
         LLAMA3,
-        "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split(),
+        [
+            *("<|begin_of_text|>", "<|end_of_text|>"),
+            *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        ],
         "<|begin_of_text|>",
         "<|end_of_text|>",
         "<|end_of_text|>",  # the pad token is the eos token

@@ -1,0 +1,226 @@
+# ruff: noqa: RUF001
+"""The score: rates that an independent count confirms, and a rule that flags hallucinations."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recognize import DecodingArguments, hallucination, report
+
+
+def scored(pairs, flags=None, **arguments):
+    """report() of (reference or None, hypothesis) pairs: (its results as one text, its details)."""
+    utterances = [{} if reference is None else {"txt": reference} for reference, _ in pairs]
+    flags = flags or [None] * len(pairs)
+    records = [
+        {"line": i, "text": text, "flag": flag, "error": None}
+        for i, ((_, text), flag) in enumerate(zip(pairs, flags, strict=True), 1)
+    ]
+    arguments = DecodingArguments(data_path="test.jsonl", **arguments)
+    results, details = report(utterances, records, arguments)
+    return "\n".join(results), "\n".join(details)
+
+
+RATES = re.compile(
+    r"(WER|CER) (\d+\.\d\d)/(\d+\.\d\d) % \(all/not flagged\), (\d+) in the references: "
+    r"(\d+) substitutions, (\d+) deletions, (\d+) insertions"
+)
+
+
+def edits(reference, hypothesis):
+    """Levenshtein's distance between two sequences, by the recurrence itself."""
+    row = list(range(len(hypothesis) + 1))
+    for i, wanted in enumerate(reference, 1):
+        diagonal, row[0] = row[0], i
+        for j, got in enumerate(hypothesis, 1):
+            best = min(row[j] + 1, row[j - 1] + 1, diagonal + (wanted != got))
+            diagonal, row[j] = row[j], best
+    return row[-1]
+
+
+WORDS = st.lists(st.sampled_from(["a", "b", "cat", "dog", "über", "我", "们好"]), max_size=8)
+SPACES = st.sampled_from([" ", "  ", " \t "])
+PAIRS = st.lists(
+    st.tuples(*[st.builds(lambda space, words: space.join(words), SPACES, WORDS)] * 2),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(PAIRS, st.data(), st.sampled_from(["wer", "cer"]))
+@settings(max_examples=200, deadline=None)
+def test_rates_agree_with_an_independent_count(pairs, data, metric):
+    """WER, CER and S + D + I are those of an own edit distance, for all and for what is kept."""
+    flags = data.draw(st.lists(st.sampled_from([None, "loop"]), min_size=8, max_size=8))
+    flags = flags[: len(pairs)]
+    results, _ = scored(pairs, flags, metric=metric)
+    name, every, rest, n_total, *errors = RATES.match(results).groups()
+    assert name == metric.upper()
+    cut = str.split if metric == "wer" else (lambda text: "".join(text.split()))
+    cuts = [(cut(reference), cut(text)) for reference, text in pairs]
+
+    def rate(cuts):
+        total = sum(len(reference) for reference, _ in cuts)
+        distance = sum(edits(*pair) for pair in cuts)
+        return distance / (total or 1), total, distance
+
+    wanted, total, distance = rate(cuts)
+    assert int(n_total) == total
+    assert every == f"{100 * wanted:.2f}"
+    substitutions, deletions, insertions = map(int, errors)
+    assert substitutions + deletions + insertions == distance
+    surplus = sum(len(text) - len(reference) for reference, text in cuts)
+    assert insertions - deletions == surplus
+    wanted, total, _ = rate([pair for pair, flag in zip(cuts, flags, strict=True) if not flag])
+    assert rest == f"{100 * wanted:.2f}"
+
+
+def test_the_line_of_rates():
+    """The line reads as in `WER 7.62/6.29`: all utterances / those not flagged."""
+    pairs = [("one two three", "one too three"), ("four", "four"), ("five six", "no no no")]
+    results, details = scored(pairs, [None, None, "loop"])
+    assert results.splitlines() == [
+        "WER 66.67/25.00 % (all/not flagged), 6 in the references: "
+        "3 substitutions, 0 deletions, 1 insertions",
+        "flagged: 1 loop",
+    ]
+    assert "test.jsonl:3: loop: no no no" in details.splitlines()
+    assert re.search(r"REF: one two three\nHYP: one too three", details)
+    assert "four" not in details  # only errors are aligned
+
+
+def test_flags_are_counted_by_kind():
+    """Counts per kind are printed, and each flagged line is listed with its number."""
+    flags = ["loop", None, "refusal", "loop", "too long", "no stop", "unreadable"]
+    results, details = scored([("a", f"text {i}") for i in range(7)], flags)
+    flagged = "flagged: 2 loop, 1 refusal, 1 too long, 1 no stop, 1 unreadable"
+    assert flagged in results.splitlines()
+    expected = [f"test.jsonl:{i + 1}: {f}: text {i}" for i, f in enumerate(flags) if f]
+    assert details.splitlines()[: len(expected)] == expected
+
+
+@pytest.mark.parametrize(
+    ("references", "metric"),
+    [
+        (["one two", "three"], "WER"),
+        (["привет мир", "été à la plage"], "WER"),
+        (["안녕하세요 여러분"], "WER"),  # Korean has spaces
+        (["今天天气很好", "我们 走吧"], "CER"),
+        (["こんにちは", "カタカナです"], "CER"),
+        (["สวัสดีครับ"], "CER"),
+        (["打开 wifi 吧今天天气很好", "好的没问题"], "CER"),  # mostly Han
+        (["he said 你好 and left the room"], "WER"),
+    ],
+)
+def test_auto_takes_characters_of_unspaced_scripts(references, metric):
+    """--metric auto: CER where the references are mostly Han, kana or Thai, otherwise WER."""
+    assert scored([(text, text) for text in references])[0].startswith(metric + " 0.00/0.00")
+
+
+def test_spaces_never_count_in_cer():
+    """A hypothesis that differs in its spaces alone has no CER, ideographic spaces included."""
+    pairs = [("今天 天气　好", "今 天天气 好"), ("a b c", "abc")]
+    assert RATES.match(scored(pairs, metric="cer")[0]).groups()[:4] == ("CER", "0.00", "0.00", "8")
+
+
+@pytest.mark.parametrize("metric", ["wer", "cer"])
+def test_empty_texts(metric):
+    """Empty sides are deletions or insertions, which count as so many references of one word."""
+
+    def rates(*pairs):
+        return RATES.match(scored(pairs, metric=metric)[0]).groups()[1:]
+
+    assert rates(("", "")) == ("0.00", "0.00", "0", "0", "0", "0")
+    assert rates(("a", "")) == ("100.00", "100.00", "1", "0", "1", "0")
+    assert rates(("", "a b")) == ("200.00", "200.00", "0", "0", "0", "2")
+    assert rates(("a b", "a b"), ("", "c")) == ("50.00", "50.00", "2", "0", "0", "1")
+
+
+def test_without_references_there_is_no_score():
+    """A jsonl without txt has no rates and still its flags; lines without it are not scored."""
+    results, details = scored([(None, "hello"), (None, "ha")], [None, "loop"])
+    assert results == "flagged: 1 loop" and details == "test.jsonl:2: loop: ha"
+    mixed, _ = scored([("one two", "one"), (None, "three four five")])
+    assert RATES.match(mixed).groups()[1:] == ("50.00", "50.00", "2", "0", "1", "0")
+
+
+def test_normalize():
+    """--normalize applies Whisper's normaliser to both sides: English's, or any language's."""
+    english = [("Mr. Smith's colour, twenty-one!", "mister smith's color 21")]
+    assert not scored(english)[0].startswith("WER 0.00")
+    assert scored(english, normalize=True)[0].startswith("WER 0.00/0.00")
+    other = [("Grüß Gott, Herr Müller!", "grüß gott herr müller")]
+    assert not scored(other)[0].startswith("WER 0.00")
+    assert scored(other, normalize=True)[0].startswith("WER 0.00/0.00")
+    chinese = [("今天，天气很好。", "今天天气很好")]
+    assert scored(chinese, normalize=True)[0].startswith("CER 0.00/0.00")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "flag"),
+    [
+        # The LLM talks about the task
+        ("I apologize, but it appears that there is no speech to transcribe", 5, "refusal"),
+        ("I'm sorry, but I can't transcribe audio.", 5, "refusal"),
+        ("I'm sorry, but as an AI language model I cannot listen to recordings", 9, "refusal"),
+        ("Unfortunately, I am unable to transcribe the audio.", 5, "refusal"),
+        ("My apologies, I cannot transcribe this.", 5, "refusal"),
+        ("It seems that no audio was attached for me to transcribe.", 5, "refusal"),
+        ("There is no speech in the recording.", 5, "refusal"),
+        ("Please provide the audio file you would like me to work on.", 5, "refusal"),
+        ("Sure! Here is the transcription: hello", 5, "refusal"),
+        ("抱歉，我无法转录这段音频。", 5, "refusal"),
+        ("很抱歉，音频中没有可以识别的内容", 5, "refusal"),
+        ("对不起，我无法识别语音内容。", 5, "refusal"),
+        ("请提供需要处理的音频文件。", 5, "refusal"),
+        ("作为一个人工智能语言模型，我听不到声音", 5, "refusal"),
+        # People apologise, and talk about audio, too
+        ("i'm sorry", 1, None),
+        ("sorry i lost the audio book", 2, None),
+        ("i am sorry i can't come to the meeting tomorrow", 3, None),
+        ("unfortunately the audio was bad on that call", 3, None),
+        ("please open the audio file", 2, None),
+        ("please share the transcript with the team", 3, None),
+        ("he is a model of patience and there is no doubt about it", 4, None),
+        ("it seems to me that the speech was too long", 3, None),
+        ("as an aircraft it was a failure", 2, None),
+        ("对不起我来晚了", 2, None),
+        ("他没有录音设备", 2, None),
+        ("对不起我没有听清楚", 2, None),
+        ("我们没有这个模型", 2, None),
+        ("作为语音助手的开发者我很高兴", 4, None),
+        ("无法打开录音机", 2, None),
+        # Repetition
+        ("the the the the the the the the", 8, "loop"),
+        ("thank you for watching " * 9, 60, "loop"),
+        ("谢谢观看" * 8, 30, "loop"),
+        ("!" * 60, 30, "loop"),
+        ("la" * 40, 30, "loop"),
+        ("no no no", 1, None),
+        ("no no no no no i said no", 3, None),
+        ("ha ha ha ha ha", 2, None),
+        ("zero zero zero zero", 2, None),
+        ("double zero seven double zero seven", 3, None),
+        ("that is 100000000 dollars", 3, None),
+        ("哈哈哈哈哈", 2, None),
+        # More than can be said
+        ("it was the best of times it was the worst of times", 0.5, "too long"),
+        ("今天天气很好我们一起去公园散步吧", 0.5, "too long"),
+        ("it was the best of times it was the worst of times", 2.0, None),
+        ("今天天气很好我们一起去公园散步吧", 2.5, None),
+        ("สวัสดีครับวันนี้อากาศดีมากเราไปเดินเล่นกันเถอะ", 3.0, None),
+        ("안녕하세요 오늘은 날씨가 정말 좋네요", 2.0, None),
+        ("yes", 0.1, None),
+        ("", 0.05, None),
+    ],
+)
+def test_hallucinations(text, seconds, flag):
+    """The rule flags what nobody said, and leaves what people do say; no reference is asked."""
+    assert hallucination(text, seconds, stopped=True) == flag
+
+
+def test_no_stop_token_is_a_flag():
+    """A hypothesis that ran into its limit is flagged, be it otherwise fine."""
+    assert hallucination("good morning", 2.0, stopped=False) == "no stop"
