@@ -170,8 +170,8 @@ def gathered(parameters):
 def fingerprint(*weights):
     """Tells one pair of frozen models from another; the same in whichever dtype they are loaded."""
     with gathered(weights):
-        rows = [weight[:16].detach().to("cpu", torch.bfloat16) for weight in weights]
-    return hashlib.sha256(b"".join(row.view(torch.int16).numpy() for row in rows)).hexdigest()[:16]
+        signs = [weight[:1024].detach().signbit().cpu().numpy() for weight in weights]
+    return hashlib.sha256(b"".join(signs)).hexdigest()[:16]
 
 
 def load_speech_llm(args, device, dtype, seed=0):
@@ -203,7 +203,8 @@ def load_speech_llm(args, device, dtype, seed=0):
             assert settings["fingerprint"] == identity, settings["llm_model_name_or_path"]
             model.load_state_dict(load_file(path))
     prompt, all_speech = settings["prompt"], settings["all_speech_embeddings"]
-    rows = Rows(tokenizer, prompt, encoder.dims.n_audio_ctx, stride, all_speech)
+    with explain(f"--llm_model_name_or_path {llm_name}: its chat template cannot hold --prompt"):
+        rows = Rows(tokenizer, prompt, encoder.dims.n_audio_ctx, stride, all_speech)
     # Decoding inherits nothing of the LLM's own generation config but its stop tokens
     stops = llm.generation_config.eos_token_id
     stops = {rows.end_id, *(stops if isinstance(stops, list) else [stops])} - {None}

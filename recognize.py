@@ -9,6 +9,7 @@ Writes result.txt (line i is the hypothesis of line i) and result.txt.report. A 
 leaves what it has decoded in result.txt.partial-*, and the same command goes on from there.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -87,13 +88,14 @@ def split_at_pauses(waveform, window):
 
 def load_windows(utterances, window):
     """[(line, windows of its audio, None or why there are none)] of Utterances' items."""
-    loaded = []
-    for utterance in utterances:
+
+    def load(path):
         try:
-            loaded.append((split_at_pauses(load_audio(utterance["wav"]), window), None))
+            return split_at_pauses(load_audio(path), window), None
         except InputError as error:
-            loaded.append(([], str(error)))
-    return [(u["line"], *windows) for u, windows in zip(utterances, loaded, strict=True)]
+            return [], str(error)
+
+    return [(utterance["line"], *load(utterance["wav"])) for utterance in utterances]
 
 
 def transcribe(model, rows, waveforms, args):
@@ -167,10 +169,9 @@ def report(utterances, records, args):
         sides = [list(map(normalizer, side)) for side in sides]
     if metric == "auto":
         metric = "cer" if 2 * len(re.findall(UNSPACED, text)) > len(text) else "wer"
-    process = jiwer.process_words
-    if metric == "cer":  # in which spaces never count
-        process = jiwer.process_characters
-        sides = [["".join(line.split()) for line in side] for side in sides]
+    space = " " if metric == "wer" else ""  # spaces never count in the CER
+    sides = [[space.join(line.split()) for line in side] for side in sides]
+    process = jiwer.process_words if metric == "wer" else jiwer.process_characters
     every = process(*sides)
     kept = [k for k, i in enumerate(scored) if not records[i]["flag"]]
     rest = process(*([side[k] for k in kept] for side in sides))
@@ -186,20 +187,20 @@ def report(utterances, records, args):
 
 
 def main():
-    parser = HfArgumentParser(
-        (ModelArguments, DecodingArguments), usage="recognize.py --FLAG VALUE"
-    )
+    parser = HfArgumentParser((ModelArguments, DecodingArguments), usage="recognize.py --FLAG ...")
     model_args, args = parser.parse_args_into_dataclasses()
     utterances, result = Utterances(args.data_path, training=False), Path(args.result_path)
     if not result.parent.is_dir():
         raise InputError(f"--result_path {result}: make its folder first")
+    if not model_args.projector_model_path or args.batch_size < 1:
+        raise InputError("expected a --projector_model_path, and a --batch_size of 1 or more")
     state = PartialState(args.use_cpu, timeout=timedelta(days=30))  # ranks wait however long
     dtype = args.dtype or ("float32" if state.device.type == "cpu" else "bfloat16")
     model, rows = load_speech_llm(model_args, state.device, getattr(torch, dtype))
     model.to(state.device).eval()
     run = json.dumps([vars(model_args), vars(args), hashlib.sha256(utterances.data).hexdigest()])
     partials = f"{result.name}.partial-{hashlib.sha256(run.encode()).hexdigest()[:8]}-"
-    done = read_records(result.parent.glob(partials + "*"))
+    done = read_records(result.parent.glob(glob.escape(partials) + "*"))
     state.wait_for_everyone()  # nobody writes before everybody has read
     # Longest first, and what needs several windows is a batch of its own
     seconds, size = utterances.seconds, args.batch_size
@@ -213,10 +214,11 @@ def main():
         for record in decode(model, rows, utterances, batches, args):
             print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
             progress.update()
+    progress.close()
     state.wait_for_everyone()
     if not state.is_main_process:
         return
-    records = read_records(result.parent.glob(partials + "*"))
+    records = read_records(result.parent.glob(glob.escape(partials) + "*"))
     records = [records[i + 1] for i in range(len(utterances))]
     results, details = report(utterances, records, args)
     audio, wall = sum(seconds[i] for i in todo), progress.format_dict["elapsed"]
@@ -224,7 +226,7 @@ def main():
     write_whole(result, [record["text"] for record in records])
     write_whole(Path(f"{result}.report"), [*results, run, *details])
     print(*results, sep="\n")
-    for path in result.parent.glob(f"{result.name}.partial-*"):
+    for path in result.parent.glob(glob.escape(result.name) + ".partial-*"):
         path.unlink()
     errors = [f"{args.data_path}:{r['line']}: {r['error']}" for r in records if r["error"]]
     if errors:

@@ -48,8 +48,9 @@ class TrainingArguments(transformers.TrainingArguments):
 class LengthSampler(LengthGroupedSampler):
     """Batches of utterances of like duration, in an order that a resumed epoch finds again."""
 
-    def set_epoch(self, epoch):
-        self.generator = torch.Generator().manual_seed(epoch)
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(int(self.trainer.state.epoch or 0))
+        return super().__iter__()
 
 
 class ProjectorTrainer(Trainer):
@@ -80,7 +81,9 @@ class ProjectorTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         utterances, kept = self.train_dataset.dataset, self.train_dataset.indices
-        return LengthSampler(size, lengths=utterances.seconds[kept].tolist())
+        sampler = LengthSampler(size, lengths=utterances.seconds[kept].tolist())
+        sampler.trainer = self
+        return sampler
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Sums per utterance, so that token_metrics' averages do not depend on the batches."""
@@ -111,11 +114,10 @@ def newest_checkpoint(output_dir):
 
 
 def main():
-    parser = HfArgumentParser(
-        (ModelArguments, TrainingArguments), usage="train.py --FLAG VALUE ..."
-    )
+    parser = HfArgumentParser((ModelArguments, TrainingArguments), usage="train.py --FLAG ...")
     with explain("train.py's flags"):
         model_args, args = parser.parse_args_into_dataclasses()
+    args._n_gpu = 1  # a process drives one GPU; without torchrun Trainer would drive them all
     paths = [path for path in (args.data_path, args.eval_data_path) if path]
     sets = [Utterances(path, training=True) for path in paths]
     if args.deepspeed:
