@@ -59,12 +59,11 @@ def audio_seconds(path):
     """Duration of an audio file, from its header where libsndfile reads it. Raises InputError."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
-    try:
-        seconds = soundfile.info(path).duration
-    except (soundfile.LibsndfileError, TypeError):
-        seconds = 0.0
-    # The header of what was a stream may have no length, or an absurd one
-    return seconds if 0 < seconds < 1e6 else len(load_audio(path)) / SAMPLE_RATE
+    with contextlib.suppress(soundfile.LibsndfileError, TypeError):
+        # The header of what was a stream may have no length, or an absurd one
+        if 0 < (seconds := soundfile.info(path).duration) < 1e6:
+            return seconds
+    return len(load_audio(path)) / SAMPLE_RATE
 
 
 def check_line(line, folder, training):
@@ -127,15 +126,12 @@ class Rows:
         self.max_speech = n_audio_ctx // stride  # embeddings in the encoder's window: 300 in 30 s
         self.samples_per_embedding = stride * N_SAMPLES_PER_TOKEN
         self.window = self.max_speech * self.samples_per_embedding  # samples
-        render = partial(
-            tokenizer.apply_chat_template,
-            tokenize=False,
-            enable_thinking=False,  # Qwen3 must not think aloud
-            date_string="26 Jul 2024",  # Llama 3.2 would say today's, another one at recognition
-        )
-        user = {"role": "user", "content": "<speech>" + prompt}
-        asked = render([user], add_generation_prompt=True)
-        answered = render([user, {"role": "assistant", "content": "<answer>"}])
+        # Qwen3 must not think aloud, nor Llama 3.2 be told a date that differs at recognition
+        options = {"tokenize": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
+        turns = [{"role": "user", "content": f"<speech>{prompt}"}]
+        asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
+        turns.append({"role": "assistant", "content": "<answer>"})
+        answered = tokenizer.apply_chat_template(turns, **options)
         self.prefix_ids, self.suffix_ids = map(self.tokenize, asked.split("<speech>"))
         # A turn ends with the special token that stands behind an answer; some have none there
         behind = self.tokenize(answered.split("<answer>")[1])

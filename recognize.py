@@ -175,13 +175,12 @@ def report(utterances, records, args):
     every = process(*sides)
     kept = [k for k, i in enumerate(scored) if not records[i]["flag"]]
     rest = process(*([side[k] for k in kept] for side in sides))
-    total = every.hits + every.substitutions + every.deletions
-    results.insert(
-        0,
-        f"{metric.upper()} {100 * getattr(every, metric):.2f}/{100 * getattr(rest, metric):.2f} % "
-        f"(all/not flagged), {total} in the references: {every.substitutions} substitutions, "
-        f"{every.deletions} deletions, {every.insertions} insertions",
+    n_errors = [every.substitutions, every.deletions, every.insertions]
+    rates = "/".join(f"{100 * getattr(output, metric):.2f}" for output in (every, rest))
+    counts = "{} in the references: {} substitutions, {} deletions, {} insertions".format(
+        every.hits + sum(n_errors[:2]), *n_errors
     )
+    results.insert(0, f"{metric.upper()} {rates} % (all/not flagged), {counts}")
     details.append(jiwer.visualize_alignment(every, show_measures=False, skip_correct=True))
     return results, details
 

@@ -68,8 +68,7 @@ class ProjectorTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.is_deepspeed_enabled:  # else DeepSpeed adds each rank's part of the frozen LLM
             engine = self.model_wrapped
-            save = partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
-            engine.save_checkpoint = save
+            engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_rng_state(self, output_dir):
@@ -137,10 +136,8 @@ def main():
             raise InputError(f"{checkpoint} is of {n} processes, not {args.world_size}: {remedy}")
     if args.process_index == 0:
         for path, utterances, subset in zip(paths, sets, kept, strict=True):
-            left_out = (
-                f"{len(utterances) - len(subset)} left out, too long for the encoder's window"
-            )
-            print(f"{path}: {len(subset)} utterances; {left_out} or --model_max_length")
+            n_out = len(utterances) - len(subset)  # too long for the window or --model_max_length
+            print(f"{path}: {len(subset)} utterances; {n_out} are too long and left out")
         print(f"{sum(p.numel() for p in model.projector.parameters())} parameters are trained")
         print(f"Resuming from {checkpoint}" if checkpoint else "Starting from the first step")
     trainer.train(resume_from_checkpoint=checkpoint)
