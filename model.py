@@ -123,7 +123,8 @@ class SpeechLLM(nn.Module):
         """
         text = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # (B, T, D)
         states = self.encoder(waveforms.view(torch.float32))  # (B, n_audio_ctx, n_audio_state)
-        speech = self.projector(states.to(self.projector.linear1.weight.dtype)).to(text.dtype)
+        dtype = next(self.projector.parameters()).dtype  # fp32, but for what DeepSpeed casts
+        speech = self.projector(states.to(dtype)).to(text.dtype)  # (B, N, D)
         is_speech = (input_ids == SPEECH)[..., None]  # (B, T, 1)
         nth = (is_speech.cumsum(1) - 1).clamp(min=0)  # which of a row's N embeddings stands at t
         embeds = torch.where(is_speech, speech.gather(1, nth.expand_as(text)), text)
@@ -145,7 +146,8 @@ class SpeechLLM(nn.Module):
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         losses = losses.view_as(targets)  # 0 where the target is IGNORE
         n_targets = (targets != IGNORE).sum(1)
-        outputs = {"loss": losses.sum() / (num_items_in_batch or n_targets.sum())}
+        count = n_targets.sum() if num_items_in_batch is None else num_items_in_batch
+        outputs = {"loss": losses.sum() / count}
         if not self.training:
             n_right = (logits.argmax(-1) == targets).sum(1)
             outputs["token_sums"] = torch.stack([losses.sum(1), n_targets, n_right], dim=1)
@@ -179,7 +181,8 @@ def load_speech_llm(args, device, dtype, seed=0):
 
     Raises InputError where a part is not what it should be, or does not belong to the others.
     """
-    llm_name, whisper_name, path, settings = *list(vars(args).values())[:3], vars(args)
+    llm_name, whisper_name = args.llm_model_name_or_path, args.whisper_model_name_or_path
+    path, settings = args.projector_model_path, vars(args)
     if path:  # a trained projector keeps the settings that it was trained with
         with explain(f"--projector_model_path {path}: expected a model.safetensors of train.py"):
             settings = json.loads(safe_open(path, "pt").metadata()["west"])

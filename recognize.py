@@ -104,7 +104,7 @@ def transcribe(model, rows, waveforms, args):
     A row ends at its own limit, so that it does not depend on the rows that share its batch.
     """
     batch = rows.batch(waveforms, [[] for _ in waveforms])
-    device, per_embedding = model.projector.conv1d.weight.device, rows.samples_per_embedding
+    device, per_embedding = next(model.parameters()).device, rows.samples_per_embedding
     limits = [args.max_new_tokens or 20 + len(wave) // per_embedding for wave in waveforms]
     row_limits = torch.tensor(limits, device=device)
 

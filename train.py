@@ -84,6 +84,9 @@ class ProjectorTrainer(Trainer):
         sampler.trainer = self
         return sampler
 
+    def _get_eval_sampler(self, eval_dataset):
+        return torch.utils.data.SequentialSampler(eval_dataset)  # in order, however one trains
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Sums per utterance, so that token_metrics' averages do not depend on the batches."""
         with torch.no_grad():

@@ -1,0 +1,150 @@
+"""README.md says what is so: its snippets run, its tables hold every flag, its links lead on."""
+
+import re
+import subprocess
+import sys
+import tarfile
+
+import jiwer
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import ROOT, TINY
+
+import model
+from dataset import Utterances, load_audio
+from model import ModelArguments
+from recognize import DecodingArguments
+from train import TrainingArguments
+
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def snippet(heading, language):
+    """The first fenced block of a language in the section that stands under a heading."""
+    before, fence, rest = README.partition(f"\n{heading}\n")[2].partition(f"\n```{language}\n")
+    assert fence and not re.search("^##+ ", before, re.M), f"no {language} under {heading}"
+    return rest.partition("\n```\n")[0]
+
+
+def make_archive(path, folder, top):
+    """A .tar.gz of folder/top, which it removes: what is left is what one downloads."""
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(folder / top, top)
+    for file in sorted((folder / top).rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
+    (folder / top).rmdir()
+
+
+def make_audio(path, seconds):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.zeros(round(16000 * seconds)), 16000)
+
+
+def prepared(heading, folder):
+    """Runs the recipe under a heading in a folder: its shell lines, then its Python."""
+    subprocess.run(["bash", "-ec", snippet(heading, "bash")], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-c", snippet(heading, "python")], cwd=folder, check=True)
+
+
+def test_aishell(tmp_path):
+    """A speaker is an archive in the archive, words are spaced, and some have no transcript."""
+    wavs = tmp_path / "data_aishell" / "wav"
+    for name in "train/S0002/BAC009S0002W0122", "dev/S0724/BAC009S0724W0121":
+        make_audio(wavs / f"{name}.wav", 0.5)
+        make_audio(wavs / f"{name[:-3]}999.wav", 0.5)  # without a transcript
+        part, speaker, _ = name.split("/")
+        make_archive(wavs / f"{speaker}.tar.gz", wavs, part)
+    make_audio(wavs / "test/S0764/BAC009S0764W0121.wav", 0.7)
+    make_archive(wavs / "S0764.tar.gz", wavs, "test")
+    transcript = tmp_path / "data_aishell/transcript/aishell_transcript_v0.8.txt"
+    transcript.parent.mkdir()
+    transcript.write_text(
+        "BAC009S0002W0122 而 对 楼市 成交 抑制 作用 最 大 的 限 购\n"
+        "BAC009S0003W0123 没有 录音\n"
+        "BAC009S0724W0121 广州市  房地产 中介 协会 分析\n"
+        "BAC009S0764W0121 甚至 出现 交易 几乎 停滞 的 情况\n",
+        "utf-8",
+    )
+    make_archive(tmp_path / "data_aishell.tgz", tmp_path, "data_aishell")
+    prepared("#### AISHELL-1", tmp_path)
+    wanted = {
+        "train": ("train/S0002/BAC009S0002W0122", "而对楼市成交抑制作用最大的限购", 0.5),
+        "dev": ("dev/S0724/BAC009S0724W0121", "广州市房地产中介协会分析", 0.5),
+        "test": ("test/S0764/BAC009S0764W0121", "甚至出现交易几乎停滞的情况", 0.7),
+    }
+    for part, (name, text, seconds) in wanted.items():
+        utterances = Utterances(f"{tmp_path}/data_aishell/{part}.jsonl", training=True)
+        assert [utterance["txt"] for utterance in utterances] == [text]
+        assert utterances[0]["wav"] == f"{wavs}/{name}.wav"
+        assert len(load_audio(utterances[0]["wav"])) == round(16000 * seconds)
+
+
+def test_librispeech(tmp_path):
+    """The three training sets are one, both tests stay apart, and text is lower case."""
+    trains = ["train-clean-100", "train-clean-360", "train-other-500"]
+    parts = [*trains, "dev-clean", "dev-other", "test-clean", "test-other"]
+    for i, part in enumerate(parts):
+        chapter = tmp_path / f"LibriSpeech/{part}/{i}/77"
+        for k in range(2):
+            make_audio(chapter / f"{i}-77-000{k}.flac", 0.1 * (i + 1))
+        lines = f"{i}-77-0000 HE SAID {part.upper()}\n{i}-77-0001 IT'S MISTER QUILTER\n"
+        (chapter / f"{i}-77.trans.txt").write_text(lines)
+        (tmp_path / "LibriSpeech/README.TXT").write_text("in every archive")
+        make_archive(tmp_path / f"{part}.tar.gz", tmp_path, "LibriSpeech")
+    prepared("#### LibriSpeech", tmp_path)
+    wanted = {"train": trains, "dev": ["dev-clean", "dev-other"]}
+    for name in "train", "dev", "test-clean", "test-other":
+        utterances = Utterances(f"{tmp_path}/LibriSpeech/{name}.jsonl", training=True)
+        said = [
+            text
+            for part in wanted.get(name, [name])
+            for text in (f"he said {part}", "it's mister quilter")
+        ]
+        assert [utterance["txt"] for utterance in utterances] == said
+        lengths = [len(load_audio(utterance["wav"])) / 16000 for utterance in utterances]
+        assert lengths == pytest.approx(utterances.seconds)
+
+
+def test_from_python():
+    """The snippet prints what is said in its bundled recording, or nearly: its model is tiny."""
+    code = snippet("### From Python", "python")
+    argv = [sys.executable, "-c", code]
+    output = subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    spoken = {u["wav"]: u["txt"] for u in Utterances(f"{TINY}/test.jsonl", training=True)}
+    reference = spoken[str(TINY / re.search(r"audio/[\w.-]+", code)[0])]
+    assert jiwer.wer(reference, " ".join(re.findall(r"\b[a-z]+\b", output))) < 0.5
+
+
+def test_another_projector(llm, whisper_file, monkeypatch):
+    """The example projector takes Projector's place: it is built, trained on and saved."""
+    monkeypatch.setattr(
+        model, "Projector", model.Projector
+    )  # the example's own assignment ends here
+    exec(snippet("### Another projector", "python"), {})
+    cpu, fp32 = torch.device("cpu"), torch.float32
+    speech_llm, rows = model.load_speech_llm(ModelArguments(llm, whisper_file), cpu, fp32)
+    batch = rows.batch([np.zeros(8000, np.float32)], [[*rows.tokenize("one"), rows.end_id]])
+    speech_llm(**batch)["loss"].backward()
+    assert set(speech_llm.state_dict()) == {"projector.linear.weight", "projector.linear.bias"}
+    assert all(p.grad is not None for p in speech_llm.projector.parameters())
+
+
+@pytest.mark.parametrize("arguments", [ModelArguments, DecodingArguments, TrainingArguments])
+def test_every_flag_is_in_a_table(arguments):
+    """Of train.TrainingArguments those that it declares itself."""
+    cells = re.findall(r"^\|([^|]*)\|", README, re.M)
+    flags = set(re.findall(r"`--(\w+)`", " ".join(cells)))
+    assert not set(arguments.__annotations__) - flags
+
+
+def test_links_lead_somewhere():
+    """Relative ones to a file that exists, those within the page to a heading."""
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"", README)
+    headings = re.findall("^#+ (.+)$", README, re.M)
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+    for link in map("".join, links):
+        path, _, anchor = link.partition("#")
+        if not re.match("[a-z]+:", link):
+            assert (ROOT / path).exists() and (path or anchor in anchors), link
