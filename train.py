@@ -20,12 +20,13 @@ from functools import partial
 
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import HfArgumentParser, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
-from dataset import InputError, Utterances, explain, training_set
+from dataset import Utterances, explain, training_set
 from model import ModelArguments, gathered, load_speech_llm
 
 
@@ -132,11 +133,14 @@ def main():
     trainer = ProjectorTrainer(model, args, rows.collate, *kept, compute_metrics=token_metrics)
     with args.main_process_first(local=args.save_on_each_node):
         checkpoint = args.resume_from_checkpoint or newest_checkpoint(args.output_dir)
-    if checkpoint and args.deepspeed:
-        n = len(glob.glob(os.path.join(glob.escape(checkpoint), "rng_state*.pth")))
-        if n != args.world_size:  # each holds a part of the optimizer's state
-            remedy = f"start {n}, or give --projector_model_path and a new --output_dir"
-            raise InputError(f"{checkpoint} is of {n} processes, not {args.world_size}: {remedy}")
+    if checkpoint:
+        with explain(f"cannot resume from {checkpoint}, mend it or give another --output_dir"):
+            saved = safe_open(os.path.join(checkpoint, "model.safetensors"), "pt").metadata()
+            same = json.loads(saved["west"])["fingerprint"] == model.settings["fingerprint"]
+            assert same, "it was trained with another LLM or Whisper"
+            n = len(glob.glob(os.path.join(glob.escape(checkpoint), "rng_state*.pth")))
+            # under DeepSpeed each process has saved a part of the optimizer's state
+            assert n == args.world_size or not args.deepspeed, f"it is of {n} processes: start {n}"
     if args.process_index == 0:
         for path, utterances, subset in zip(paths, sets, kept, strict=True):
             n_out = len(utterances) - len(subset)  # too long for the window or --model_max_length
