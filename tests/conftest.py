@@ -15,6 +15,7 @@ import pytest
 import soundfile
 import torch
 import whisper
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -28,6 +29,8 @@ from whisper.model import ModelDimensions, Whisper
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny"
 sys.path.insert(0, str(ROOT))
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
