@@ -16,6 +16,7 @@ import soxr
 import torch
 import whisper
 from torch.nn.utils.rnn import pad_sequence
+from transformers import HfArgumentParser
 from whisper.audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE
 
 SPEECH, PAD = -1, -2  # what stands in a row in place of a token id: a speech embedding, nothing
@@ -37,6 +38,14 @@ def explain(expected):
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{expected} ({reason})") from error
+
+
+def parse_flags(*arguments):
+    """The dataclasses of a script's arguments, from its command line. Raises InputError."""
+    with explain("wrong flags"):
+        return HfArgumentParser(
+            arguments, usage="%(prog)s --FLAG ..."
+        ).parse_args_into_dataclasses()
 
 
 def load_audio(path):

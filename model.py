@@ -176,6 +176,11 @@ def fingerprint(*weights):
     return hashlib.sha256(b"".join(signs)).hexdigest()[:16]
 
 
+def load_settings(path):
+    """What built the projector in a model.safetensors of train.py."""
+    return json.loads(safe_open(path, "pt").metadata()["west"])
+
+
 def load_speech_llm(args, device, dtype, seed=0):
     """(SpeechLLM, Rows) of ModelArguments; without a projector_model_path seed makes a new one.
 
@@ -185,7 +190,7 @@ def load_speech_llm(args, device, dtype, seed=0):
     path, settings = args.projector_model_path, vars(args)
     if path:  # a trained projector keeps the settings that it was trained with
         with explain(f"--projector_model_path {path}: expected a model.safetensors of train.py"):
-            settings = json.loads(safe_open(path, "pt").metadata()["west"])
+            settings = load_settings(path)
     with explain(f"--llm_model_name_or_path {llm_name}: expected an LLM with a chat template"):
         tokenizer = AutoTokenizer.from_pretrained(llm_name)
         tokenizer.get_chat_template()

@@ -25,12 +25,11 @@ import jiwer
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import HfArgumentParser
 from whisper.audio import SAMPLE_RATE
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from whisper.utils import compression_ratio
 
-from dataset import InputError, Utterances, load_audio
+from dataset import InputError, Utterances, load_audio, parse_flags
 from model import ModelArguments, load_speech_llm
 
 UNSPACED = r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"  # Thai, kana, Han
@@ -159,10 +158,11 @@ def report(utterances, records, args):
     counts = Counter(record["flag"] for record in flagged)
     results = ["flagged: " + (", ".join(f"{n} {flag}" for flag, n in counts.items()) or "none")]
     details = [f"{args.data_path}:{r['line']}: {r['flag']}: {r['text']}" for r in flagged]
-    scored = [i for i in range(len(records)) if "txt" in utterances[i]]
+    references = [utterances[i].get("txt") for i in range(len(records))]
+    scored = [i for i, reference in enumerate(references) if reference is not None]
     if not scored:
         return results, details
-    sides = [utterances[i]["txt"] for i in scored], [records[i]["text"] for i in scored]
+    sides = [references[i] for i in scored], [records[i]["text"] for i in scored]
     text, metric = "".join(sides[0]), args.metric
     if args.normalize:
         normalizer = EnglishTextNormalizer() if text.isascii() else BasicTextNormalizer()
@@ -186,8 +186,7 @@ def report(utterances, records, args):
 
 
 def main():
-    parser = HfArgumentParser((ModelArguments, DecodingArguments), usage="recognize.py --FLAG ...")
-    model_args, args = parser.parse_args_into_dataclasses()
+    model_args, args = parse_flags(ModelArguments, DecodingArguments)
     utterances, result = Utterances(args.data_path, training=False), Path(args.result_path)
     if not result.parent.is_dir():
         raise InputError(f"--result_path {result}: make its folder first")

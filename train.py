@@ -20,14 +20,13 @@ from functools import partial
 
 import torch
 import transformers
-from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import HfArgumentParser, Trainer
+from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
-from dataset import Utterances, explain, training_set
-from model import ModelArguments, gathered, load_speech_llm
+from dataset import Utterances, explain, parse_flags, training_set
+from model import ModelArguments, gathered, load_settings, load_speech_llm
 
 
 @dataclass(kw_only=True)
@@ -117,9 +116,7 @@ def newest_checkpoint(output_dir):
 
 
 def main():
-    parser = HfArgumentParser((ModelArguments, TrainingArguments), usage="train.py --FLAG ...")
-    with explain("train.py's flags"):
-        model_args, args = parser.parse_args_into_dataclasses()
+    model_args, args = parse_flags(ModelArguments, TrainingArguments)
     args._n_gpu = 1  # a process drives one GPU; without torchrun Trainer would drive them all
     paths = [path for path in (args.data_path, args.eval_data_path) if path]
     sets = [Utterances(path, training=True) for path in paths]
@@ -135,8 +132,8 @@ def main():
         checkpoint = args.resume_from_checkpoint or newest_checkpoint(args.output_dir)
     if checkpoint:
         with explain(f"cannot resume from {checkpoint}, mend it or give another --output_dir"):
-            saved = safe_open(os.path.join(checkpoint, "model.safetensors"), "pt").metadata()
-            same = json.loads(saved["west"])["fingerprint"] == model.settings["fingerprint"]
+            saved = load_settings(os.path.join(checkpoint, "model.safetensors"))
+            same = saved["fingerprint"] == model.settings["fingerprint"]
             assert same, "it was trained with another LLM or Whisper"
             n = len(glob.glob(os.path.join(glob.escape(checkpoint), "rng_state*.pth")))
             # under DeepSpeed each process has saved a part of the optimizer's state

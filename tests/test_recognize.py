@@ -565,6 +565,8 @@ def test_a_jsonl_as_it_may_come(tmp_path, demo_jsonl, demo_transcripts):
     [
         ({"data_path": "nowhere.jsonl"}, "nowhere.jsonl: cannot be read"),
         ({"data_path": "/dev/null"}, "/dev/null: is empty"),
+        ({"beams": 5}, "wrong flags .*--beams"),
+        ({"batch_size": 0}, "a --batch_size of 1 or more"),
         ({"result_path": "no/such/folder/r.txt"}, "--result_path .*make its folder"),
         ({"projector_model_path": "nowhere"}, "--projector_model_path nowhere: expected a model"),
         ({"projector_model_path": TINY / "llm/model.safetensors"}, "--projector_model_path"),
