@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from whisper.audio import N_SAMPLES_PER_TOKEN
 
 from dataset import IGNORE, PAD, SPEECH, Rows, explain
@@ -30,7 +31,6 @@ class ModelArguments:
     projector_stride: int = 5  # encoder states, of 20 ms, per speech embedding
     prompt: str = "Transcribe the speech"  # follows the speech in the user turn
     all_speech_embeddings: bool = False  # the whole window's, not only those that cover audio
-    compile: bool = False  # torch.compile, in training and recognition: needs a C compiler
 
 
 class Projector(nn.Module):
@@ -50,20 +50,26 @@ class Projector(nn.Module):
         return self.linear2(F.relu(self.linear1(x)))  # (B, N, llm_dim)
 
 
+def contiguous(module, args):
+    """A forward pre-hook: many kernels are slower on views that are transposed or sliced."""
+    return args[0].contiguous(), *args[1:]
+
+
 class SpeechEncoder:
     """Whisper's frozen encoder and log-mel; `name` is what whisper.load_model takes.
 
     No nn.Module, so that DDP, DeepSpeed, the optimizer and checkpoints never see it. Every process
-    holds it whole, in `dtype` but for the LayerNorms, which Whisper computes in fp32.
+    holds it whole, in `dtype`.
     """
 
     def __init__(self, name, device, dtype):
         model = whisper.load_model(name, device="cpu")  # the decoder is freed on return
         self.dims, self.dtype = model.dims, dtype  # n_mels, n_audio_ctx, n_audio_state, ...
-        self.encoder = model.encoder.eval().requires_grad_(False).to(device)
+        self.encoder = model.encoder.eval().requires_grad_(False).to(device, dtype)
+        self.encoder.blocks[0].register_forward_pre_hook(contiguous)  # x is the convolutions', .mT
         for module in self.encoder.modules():
-            if isinstance(module, nn.Linear | nn.Conv1d):
-                module.to(dtype)
+            if isinstance(module, nn.LayerNorm):
+                module.__class__ = nn.LayerNorm  # fp32 within one kernel, Whisper's casts take two
 
     @torch.no_grad()
     def __call__(self, waveforms):
@@ -93,6 +99,7 @@ class SpeechLLM(nn.Module):
         self.encoder, self.projector, self.settings = encoder, projector, settings
         self.llm = llm.requires_grad_(False)
         self.config = llm.config  # DeepSpeed sizes its "auto" buckets by config.hidden_size
+        self.compiled = False
 
     def state_dict(self, *args, prefix="", **kwargs):
         """The projector's alone: nothing frozen is saved, by Trainer nor by DeepSpeed."""
@@ -102,8 +109,18 @@ class SpeechLLM(nn.Module):
         tensors = {key.removeprefix("projector."): value for key, value in state_dict.items()}
         return self.projector.load_state_dict(tensors)  # always strict
 
+    def compile(self):
+        """torch.compile of each LLM layer by itself: in seconds, and one graph serves them all."""
+        for layer in self.llm.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.compile(dynamic=True)
+        self.compiled = True
+
     def gradient_checkpointing_enable(self, **kwargs):
-        self.llm.gradient_checkpointing_enable(**kwargs)
+        if self.compiled:  # a layer's graph keeps its inputs alone, and computes the rest again
+            torch._functorch.config.activation_memory_budget = 0
+        else:
+            self.llm.gradient_checkpointing_enable(**kwargs)
 
     def train(self, mode=True):
         """Only the projector trains: dropout in the frozen LLM never runs.
@@ -201,9 +218,7 @@ def load_speech_llm(args, device, dtype, seed=0):
     stride, hidden_dim = settings["projector_stride"], settings["projector_hidden_dim"]
     projector = Projector(encoder.dims.n_audio_state, llm_dim, hidden_dim, stride)
     llm = AutoModelForCausalLM.from_pretrained(llm_name, dtype=dtype)
-    if args.compile:
-        for layer in [*encoder.encoder.blocks, *llm.get_decoder().layers]:
-            layer.compile()
+    llm.get_output_embeddings().register_forward_pre_hook(contiguous)  # a slice: logits_to_keep
     identity = fingerprint(encoder.encoder.conv1.weight, llm.get_input_embeddings().weight)
     model = SpeechLLM(encoder, projector, llm, settings | {"fingerprint": identity})
     if path:

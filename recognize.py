@@ -29,7 +29,7 @@ from whisper.audio import SAMPLE_RATE
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from whisper.utils import compression_ratio
 
-from dataset import InputError, Utterances, load_audio, parse_flags
+from dataset import SPEECH, InputError, Utterances, load_audio, parse_flags
 from model import ModelArguments, load_speech_llm
 
 UNSPACED = r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"  # Thai, kana, Han
@@ -50,7 +50,7 @@ class DecodingArguments:
     batch_size: int = 64  # windows of audio decoded together
     num_beams: int = 1  # 1 is greedy search
     length_penalty: float = 1.0  # above 0 favours longer beams
-    max_new_tokens: int | None = None  # by default 20, and one for each 0.1 s of audio
+    max_new_tokens: int | None = None  # by default 20, and one for each speech embedding
     metric: Literal["wer", "cer", "auto"] = "auto"  # cer if references are mostly Han, kana, Thai
     normalize: bool = False  # by Whisper's text normaliser: the English one if all is ASCII
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # bfloat16 on a GPU
@@ -85,56 +85,60 @@ def split_at_pauses(waveform, window):
     return [*pieces, waveform]
 
 
-def load_windows(utterances, window):
-    """[(line, windows of its audio, None or why there are none)] of Utterances' items."""
+def load_batches(utterances, rows, size):
+    """Utterances' items -> their (line, samples of each window, None or why there are none), and
 
-    def load(path):
+    the windows as batches of at most `size` for transcribe.
+    """
+    loaded, windows = [], []
+    for utterance in utterances:
+        mine, error = [], None
         try:
-            return split_at_pauses(load_audio(path), window), None
-        except InputError as error:
-            return [], str(error)
+            mine = split_at_pauses(load_audio(utterance["wav"]), rows.window)
+        except InputError as problem:
+            error = str(problem)
+        loaded.append((utterance["line"], list(map(len, mine)), error))
+        windows += mine
+    chunks = [windows[k : k + size] for k in range(0, len(windows), size)]
+    return loaded, [rows.batch(chunk, [[] for _ in chunk]) for chunk in chunks]
 
-    return [(utterance["line"], *load(utterance["wav"])) for utterance in utterances]
 
-
-def transcribe(model, rows, waveforms, args):
-    """[(text, stopped)] of waveforms of at most a window; stopped: by a stop token of the LLM.
+def transcribe(model, rows, batch, args):
+    """[(text, stopped)] of the rows of a Rows.batch; stopped: by a stop token of the LLM.
 
     A row ends at its own limit, so that it does not depend on the rows that share its batch.
     """
-    batch = rows.batch(waveforms, [[] for _ in waveforms])
-    device, per_embedding = next(model.parameters()).device, rows.samples_per_embedding
-    limits = [args.max_new_tokens or 20 + len(wave) // per_embedding for wave in waveforms]
-    row_limits = torch.tensor(limits, device=device)
+    device = next(model.parameters()).device
+    ids, waveforms = batch["input_ids"].to(device), batch["waveforms"].to(device)
+    limits = (ids == SPEECH).sum(1) + 20  # a token for each 0.1 s
+    if args.max_new_tokens:
+        limits = torch.full_like(limits, args.max_new_tokens)
 
     def at_limit(ids, scores, **kwargs):  # ids (rows x beam candidates, new tokens)
-        return ids.shape[1] >= row_limits.repeat_interleave(len(ids) // len(limits))
+        return ids.shape[1] >= limits.repeat_interleave(len(ids) // len(limits))
 
     search = {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
-    search |= {"max_new_tokens": max(limits), "stopping_criteria": [at_limit]}
-    output = model.generate(batch["input_ids"].to(device), batch["waveforms"].to(device), **search)
+    search |= {"max_new_tokens": int(limits.max()), "stopping_criteria": [at_limit]}
+    output = model.generate(ids, waveforms, **search)
     results, stop_ids = [], model.llm.generation_config.eos_token_id
-    for ids, limit in zip(output.tolist(), limits, strict=True):
+    for ids, limit in zip(output.tolist(), limits.tolist(), strict=True):
         length = next((t for t, i in enumerate(ids[:limit]) if i in stop_ids), limit)
         text = rows.tokenizer.decode(ids[:length], skip_special_tokens=True)
         results.append((" ".join(text.split()), length < limit))  # one line, whatever it holds
     return results
 
 
-def decode(model, rows, utterances, batches, args):
+def decode(model, rows, utterances, groups, args):
     """Yields a record for each utterance: {"line", "text", "flag", "error"}."""
-    load = partial(load_windows, window=rows.window)
-    options = {"batch_sampler": batches, "collate_fn": load, "num_workers": args.num_workers}
-    for batch in torch.utils.data.DataLoader(utterances, **options):
-        windows = [window for _, windows, _ in batch for window in windows]
-        pieces = []
-        for k in range(0, len(windows), args.batch_size):
-            pieces += transcribe(model, rows, windows[k : k + args.batch_size], args)
-        for line, windows, error in batch:
-            mine, pieces = pieces[: len(windows)], pieces[len(windows) :]
+    load = partial(load_batches, rows=rows, size=args.batch_size)
+    options = {"batch_sampler": groups, "collate_fn": load, "num_workers": args.num_workers}
+    for loaded, batches in torch.utils.data.DataLoader(utterances, **options):
+        pieces = [piece for batch in batches for piece in transcribe(model, rows, batch, args)]
+        for line, lengths, error in loaded:
+            mine, pieces = pieces[: len(lengths)], pieces[len(lengths) :]
             text = " ".join(text for text, _ in mine if text)
-            judged = zip(windows, mine, strict=True)  # all prose is a loop to zlib if long enough
-            flags = [hallucination(said, len(w) / SAMPLE_RATE, end) for w, (said, end) in judged]
+            judged = zip(lengths, mine, strict=True)  # all prose is a loop to zlib if long enough
+            flags = [hallucination(said, n / SAMPLE_RATE, end) for n, (said, end) in judged]
             flag = "unreadable" if error else next(filter(None, flags), None)
             yield {"line": line, "text": text, "flag": flag, "error": error}
 

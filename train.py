@@ -34,6 +34,7 @@ class TrainingArguments(transformers.TrainingArguments):
     data_path: str  # jsonl of {"wav": ..., "txt": ...}
     eval_data_path: str | None = None  # likewise, for the evaluation's loss and token accuracy
     model_max_length: int = 512  # of a row, in tokens and speech embeddings
+    compile: bool = torch.cuda.is_available()  # the LLM's layers, but not under DeepSpeed
     evaluation_strategy: str | None = None  # these two are gone from transformers 5, not from
     warmup_ratio: float | None = None  # its users' recipes
     remove_unused_columns: bool = False  # "wav" and "txt" are no arguments of the model
@@ -126,6 +127,10 @@ def main():
         deepspeed.init_distributed()  # which Trainer does not do with --use_cpu
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model, rows = load_speech_llm(model_args, args.device, dtype, args.seed)
+    if args.compile and not args.deepspeed:
+        with explain("--compile: needs a C compiler and Python's headers; or add --compile False"):
+            torch.compile(torch.sin)(torch.ones(1, device=args.device))
+        model.compile()
     kept = [training_set(utterances, rows, args.model_max_length) for utterances in sets]
     trainer = ProjectorTrainer(model, args, rows.collate, *kept, compute_metrics=token_metrics)
     with args.main_process_first(local=args.save_on_each_node):

@@ -287,7 +287,7 @@ def test_beam_search_reproduces_an_exhaustive_search(tmp_path, whisper_file):
                 args = recognize.DecodingArguments(
                     data_path="", num_beams=beams, length_penalty=penalty, max_new_tokens=4
                 )
-                found = recognize.transcribe(model, rows, [noise], args)
+                found = recognize.transcribe(model, rows, rows.batch([noise], [[]]), args)
                 if beams == 64:
                     assert found == [(text, best[-1] == 0)]
             greedy += found == [(text, best[-1] == 0)]
