@@ -65,6 +65,8 @@ class ProjectorTrainer(Trainer):
             os.makedirs(output_dir, exist_ok=True)
             metadata = {"format": "pt", "west": json.dumps(self.model.settings)}
             save_file(tensors, os.path.join(output_dir, "model.safetensors"), metadata)
+        if self.args.push_to_hub and not _internal_call:  # the final model, with a model card
+            self.push_to_hub(tags=["west", "automatic-speech-recognition"])
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.is_deepspeed_enabled:  # else DeepSpeed adds each rank's part of the frozen LLM

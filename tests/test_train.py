@@ -3,10 +3,13 @@
 DeepSpeed and exact resume have test files of their own.
 """
 
+import http.server
 import json
 import math
 import shutil
 import sys
+import threading
+from base64 import b64decode
 from pathlib import Path
 
 import pytest
@@ -274,3 +277,54 @@ def test_resume_with_another_llm(ways, mistaken, tmp_path):
     message = mistaken("--llm_model_name_or_path", other, "--output_dir", ways[0]["at once"])
     assert "checkpoint-6, mend it or give another --output_dir (it was trained with" in message
     assert (ways[0]["at once"] / "checkpoint-6" / "model.safetensors").exists()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers huggingface_hub as the hub does; the server keeps in `commits` what each adds."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        address = f"http://{self.headers['Host']}/user/west"
+        if "/preupload/" in self.path:  # no file is so large that it takes LFS
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]
+            answer = {"files": modes}
+        elif "/commit/" in self.path:
+            added = [json.loads(line)["value"] for line in body.splitlines()[1:]]
+            self.server.commits.append({file["path"]: b64decode(file["content"]) for file in added})
+            answer = {"commitUrl": f"{address}/commit/1", "commitOid": "1", "hookOutput": ""}
+        else:
+            answer = {"url": address}
+        self.answer(answer)
+
+    def do_GET(self):
+        self.answer({"id": "user/west", "name": "user", "sha": "1", "siblings": []})
+
+    def answer(self, answer):
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+def test_push_to_hub(parts, tmp_path):
+    """--push_to_hub: the final projector and a model card arrive, no checkpoint does."""
+    folder, models = parts
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.commits = []  # {path in the repository: bytes}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    flags = ["--data_path", folder / "train.jsonl", "--output_dir", tmp_path, "--use_cpu"]
+    flags += ["--max_steps", 2, "--save_steps", 1, "--report_to", "none"]
+    flags += ["--push_to_hub", "--hub_model_id", "user/west", "--hub_token", "hf_x"]
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    env = {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    run(*torchrun(2), "train.py", *models, *flags, env=env)
+    server.shutdown()
+    files = {path: content for commit in server.commits for path, content in commit.items()}
+    assert files["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
+    card = files["README.md"].decode()
+    assert "- west\n- automatic-speech-recognition\n" in card and "learning_rate: 5e-05" in card
+    assert not [path for path in files if "checkpoint" in path]
