@@ -237,6 +237,34 @@ def test_gradient_checkpointing(tmp_path, llm, whisper_file):
     assert len(runs) == 2
 
 
+def test_compiled_layers_checkpoint_themselves(tmp_path, llm, whisper_file, monkeypatch):
+    """Compiled, gradients stay; with checkpointing too, and then less is kept for the backward."""
+    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)
+    model, rows = load(llm, whisper_file)
+    batch, _ = make_batch(rows, tmp_path, [0.7, 1.3])
+    plain, kept = gradients(model.train(), batch), {}
+    model.compile()
+    for checkpointing in False, True:
+        if checkpointing:
+            torch._dynamo.reset()  # forget what was compiled to keep more
+            model.gradient_checkpointing_enable()
+        sizes = {}  # of what is kept, but for weights, by address
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.data_ptr()] = tensor.numel() * (not isinstance(tensor, torch.nn.Parameter))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(**batch)["loss"]
+        kept[checkpointing] = sum(sizes.values())
+        model.zero_grad()
+        loss.backward()
+        for name, parameter in model.projector.named_parameters():
+            expected = plain[f"projector.{name}"]
+            assert (parameter.grad - expected).norm() <= 1e-5 * expected.norm(), name
+    assert kept[True] < kept[False]
+
+
 def test_state_dict_is_the_projector(llm, whisper_file):
     """A checkpoint of the model holds the projector's six tensors; a frozen one is refused."""
     model, _ = load(llm, whisper_file)
