@@ -25,11 +25,10 @@ import jiwer
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
-from whisper.audio import SAMPLE_RATE
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from whisper.utils import compression_ratio
 
-from dataset import SPEECH, InputError, Utterances, load_audio, parse_flags
+from dataset import SAMPLE_RATE, SPEECH, InputError, Utterances, load_audio, parse_flags
 from model import ModelArguments, load_speech_llm
 
 UNSPACED = r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"  # Thai, kana, Han

@@ -10,23 +10,21 @@ One GPU:   python train.py --llm_model_name_or_path Qwen2-1.5B-Instruct \\
 Besides the flags below, every flag of transformers.TrainingArguments works.
 """
 
-import glob
 import json
 import os
 import shutil
 import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
-from dataset import Utterances, explain, parse_flags, training_set
-from model import ModelArguments, gathered, load_settings, load_speech_llm
+from dataset import InputError, Utterances, explain, parse_flags, training_set
+from model import ModelArguments, gathered, load_speech_llm
 
 
 @dataclass(kw_only=True)
@@ -46,15 +44,7 @@ class TrainingArguments(transformers.TrainingArguments):
         super().__post_init__()
 
 
-class LengthSampler(LengthGroupedSampler):
-    """Batches of utterances of like duration, in an order that a resumed epoch finds again."""
-
-    def __iter__(self):
-        self.generator = torch.Generator().manual_seed(int(self.trainer.state.epoch or 0))
-        return super().__iter__()
-
-
-class ProjectorTrainer(Trainer):
+class ProjectorTrainer(transformers.Trainer):
     """A Trainer whose checkpoints hold the projector and what resuming needs, nothing frozen."""
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -78,18 +68,6 @@ class ProjectorTrainer(Trainer):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # before trainer_state.json, see newest_checkpoint
 
-    def _get_train_sampler(self, train_dataset=None):
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        utterances, kept = self.train_dataset.dataset, self.train_dataset.indices
-        sampler = LengthSampler(size, lengths=utterances.seconds[kept].tolist())
-        sampler.trainer = self
-        return sampler
-
-    def _get_eval_sampler(self, eval_dataset):
-        return torch.utils.data.SequentialSampler(eval_dataset)  # in order, however one trains
-
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Sums per utterance, so that token_metrics' averages do not depend on the batches."""
         with torch.no_grad():
@@ -107,15 +85,15 @@ def newest_checkpoint(output_dir):
 
     trainer_state.json is written last, when all ranks have written theirs: it must be whole.
     """
-    while os.path.isdir(output_dir) and (checkpoint := get_last_checkpoint(output_dir)):
+    while os.path.isdir(output_dir) and (newest := get_last_checkpoint(output_dir)):
+        checkpoint = Path(newest)
         try:
-            with open(os.path.join(checkpoint, "trainer_state.json")) as file:
-                return json.load(file) and checkpoint
+            return json.loads((checkpoint / "trainer_state.json").read_text()) and newest
         except (OSError, ValueError):
-            aside = os.path.join(output_dir, "incomplete-" + os.path.basename(checkpoint))
+            aside = checkpoint.with_name("incomplete-" + checkpoint.name)
             print(f"Warning: {checkpoint} is incomplete, moved to {aside}", file=sys.stderr)
             shutil.rmtree(aside, ignore_errors=True)
-            os.replace(checkpoint, aside)
+            checkpoint.rename(aside)
 
 
 def main():
@@ -127,6 +105,13 @@ def main():
         import deepspeed  # takes seconds
 
         deepspeed.init_distributed()  # which Trainer does not do with --use_cpu
+    with args.main_process_first(local=args.save_on_each_node):
+        checkpoint = args.resume_from_checkpoint or newest_checkpoint(args.output_dir)
+    if checkpoint:
+        model_args.projector_model_path = os.path.join(checkpoint, "model.safetensors")
+        n = len(list(Path(checkpoint).glob("rng_state*.pth")))
+        if args.deepspeed and n != args.world_size:  # each has saved a part of the optimizer
+            raise InputError(f"{checkpoint}: start {n} processes, or give another --output_dir")
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model, rows = load_speech_llm(model_args, args.device, dtype, args.seed)
     if args.compile and not args.deepspeed:
@@ -135,16 +120,6 @@ def main():
         model.compile()
     kept = [training_set(utterances, rows, args.model_max_length) for utterances in sets]
     trainer = ProjectorTrainer(model, args, rows.collate, *kept, compute_metrics=token_metrics)
-    with args.main_process_first(local=args.save_on_each_node):
-        checkpoint = args.resume_from_checkpoint or newest_checkpoint(args.output_dir)
-    if checkpoint:
-        with explain(f"cannot resume from {checkpoint}, mend it or give another --output_dir"):
-            saved = load_settings(os.path.join(checkpoint, "model.safetensors"))
-            same = saved["fingerprint"] == model.settings["fingerprint"]
-            assert same, "it was trained with another LLM or Whisper"
-            n = len(glob.glob(os.path.join(glob.escape(checkpoint), "rng_state*.pth")))
-            # under DeepSpeed each process has saved a part of the optimizer's state
-            assert n == args.world_size or not args.deepspeed, f"it is of {n} processes: start {n}"
     if args.process_index == 0:
         for path, utterances, subset in zip(paths, sets, kept, strict=True):
             n_out = len(utterances) - len(subset)  # too long for the window or --model_max_length

@@ -41,8 +41,7 @@ USER_FLAGS = (
     "--dataloader_num_workers 4 --dataloader_prefetch_factor 10"
 )
 FAST_FLAGS = (
-    "--per_device_train_batch_size 64 --train_sampling_strategy group_by_length "
-    "--dataloader_num_workers 8 --dataloader_prefetch_factor 4"
+    "--per_device_train_batch_size 64 --dataloader_num_workers 8 --dataloader_prefetch_factor 4"
 )
 RUNS = {  # name: (script, flags, optimizer steps or utterances)
     "train, the user's flags": ("train.py", USER_FLAGS, 16),
