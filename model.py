@@ -201,7 +201,7 @@ def load_speech_llm(args, device, dtype, seed=0):
     llm_name, whisper_name = args.llm_model_name_or_path, args.whisper_model_name_or_path
     path, settings = args.projector_model_path, vars(args)
     if path:  # a trained projector keeps the settings that it was trained with
-        with explain(f"{path}: expected a model.safetensors of train.py"):
+        with explain(f"--projector_model_path {path}: expected a model.safetensors of train.py"):
             settings = json.loads(safe_open(path, "pt").metadata()["west"])
     with explain(f"--llm_model_name_or_path {llm_name}: expected an LLM with a chat template"):
         tokenizer = AutoTokenizer.from_pretrained(llm_name)
@@ -217,7 +217,7 @@ def load_speech_llm(args, device, dtype, seed=0):
     identity = fingerprint(encoder.encoder.conv1.weight, llm.get_input_embeddings().weight)
     model = SpeechLLM(encoder, projector, llm, settings | {"fingerprint": identity})
     if path:
-        with explain(f"{path}: a projector made for other models than these"):
+        with explain(f"--projector_model_path {path}: made for other models than these"):
             assert settings["fingerprint"] == identity, settings["llm_model_name_or_path"]
             model.load_state_dict(load_file(path))
     prompt, all_speech = settings["prompt"], settings["all_speech_embeddings"]

@@ -212,7 +212,7 @@ def main():
         if args.only and args.only not in name and name != next(iter(RUNS)):
             continue
         if device == "cpu":
-            amount = min(amount, 4 if script == "train.py" else 24)
+            amount = min(amount, 3 if script == "train.py" else 24)
         flags = f"{flags} {args.extra}"
         start = time.perf_counter()
         utterances, rtfx, peak = measure(folder, script, flags, amount, durations)

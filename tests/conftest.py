@@ -175,11 +175,11 @@ def make_jsonl(folder, seconds, texts=None, name="data.jsonl", seed=0):
     return str(folder / name)
 
 
-def run(*command, env=None, check=True, timeout=300):
+def run(*command, env=None, check=True, timeout=300, cwd=ROOT):
     """Runs a script of the repository as a user does; returns the finished process."""
     process = subprocess.run(
         [str(part) for part in command],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(env or {})},
         capture_output=True,
         text=True,

@@ -1,16 +1,21 @@
 """README.md says what is so: its snippets run, its tables hold every flag, its links lead on."""
 
+import json
+import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import jiwer
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, run
 
 import model
 from dataset import Utterances, load_audio
@@ -21,11 +26,10 @@ from train import TrainingArguments
 README = (ROOT / "README.md").read_text("utf-8")
 
 
-def snippet(heading, language):
-    """The first fenced block of a language in the section that stands under a heading."""
-    before, fence, rest = README.partition(f"\n{heading}\n")[2].partition(f"\n```{language}\n")
-    assert fence and not re.search("^##+ ", before, re.M), f"no {language} under {heading}"
-    return rest.partition("\n```\n")[0]
+def snippet(heading, language, nth=0):
+    """The nth fenced block of a language in the section that stands under a heading."""
+    section = re.split("^##+ ", README.partition(f"\n{heading}\n")[2], flags=re.M)[0]
+    return re.findall(rf"^```{language}\n(.*?)\n```$", section, re.M | re.S)[nth]
 
 
 def make_archive(path, folder, top):
@@ -105,6 +109,116 @@ def test_librispeech(tmp_path):
         assert [utterance["txt"] for utterance in utterances] == said
         lengths = [len(load_audio(utterance["wav"])) / 16000 for utterance in utterances]
         assert lengths == pytest.approx(utterances.seconds)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where README's commands find what they name: scripts, corpora of 16 lines, projectors."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in "train.py", "recognize.py", "ds_config_zero3.json", "tests", "requirements.txt":
+        (folder / name).symlink_to(ROOT / name)
+    for corpus in ".", "data_aishell", "LibriSpeech", "docs":
+        (folder / corpus).mkdir(exist_ok=True)
+        for name in "train", "dev", "test", "test-clean", "test-other":
+            part = TINY / ("train.jsonl" if name == "train" else "test.jsonl")
+            lines = [json.loads(line) for line in part.read_text("utf-8").splitlines()[:16]]
+            lines = [json.dumps(line | {"wav": str(TINY / line["wav"])}) for line in lines]
+            (folder / corpus / f"{name}.jsonl").write_text("\n".join(lines))
+    for name in "aishell", "librispeech":
+        (folder / "exp" / name).mkdir(parents=True)
+        shutil.copy(TINY / "projector.safetensors", folder / "exp" / name / "model.safetensors")
+    return folder
+
+
+def shell(commands, folder, **env):
+    """The output of README's commands, on two processes of a CPU and the demo's models."""
+    for pattern, tiny in (
+        (r"(--llm_model_name_or_path) \S+", rf"\1 {TINY}/llm"),
+        (r"(--whisper_model_name_or_path) \S+", rf"\1 {TINY}/whisper.pt"),
+        (r"(--nproc_per_node)=8", r"\1=2"),
+        (r"--bf16 True", "--bf16 True --use_cpu --max_steps 2"),
+    ):
+        commands = re.sub(pattern, tiny, commands)
+    env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return run("bash", "-ec", commands, env=env, cwd=folder).stdout
+
+
+def test_train_and_recognize(folder):
+    """The two commands of "Train and recognize", the second with a checkpoint of the first."""
+    commands = snippet("## Train and recognize", "bash").replace("checkpoint-600", "checkpoint-2")
+    assert "WER" in shell(commands, folder)
+    assert len((folder / "result.txt").read_text().splitlines()) == 16
+
+
+@pytest.mark.parametrize("nth", range(4))
+def test_training_commands(folder, nth):
+    """Each way of the recipe trains and evaluates, and tensorboard has something to show."""
+    flags, *commands = snippet("#### Training", "bash").split("\n\n# ")
+    command = commands[nth].partition("\n")[2]
+    if "HOST" in command:  # two nodes
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            host = f"localhost:{free.getsockname()[1]}"
+        command = command.replace("HOST:29400", host).replace("node=8", "node=1")
+        command = f"{command} &\n{command}\nwait $!"
+    shell(f"{flags}\n{command}".replace("exp/aishell", f"exp/{nth}"), folder)
+    assert (folder / "exp" / str(nth) / "model.safetensors").exists()
+    assert list((folder / "exp" / str(nth)).rglob("events.out.tfevents*"))
+
+
+def test_decoding_commands(folder):
+    output = shell(snippet("#### Decoding", "bash"), folder)
+    assert len(re.findall("^WER", output, re.M)) == 3
+    for name in "aishell/result", "librispeech/test-clean", "librispeech/test-other":
+        assert len((folder / "exp" / f"{name}.txt").read_text().splitlines()) == 16
+
+
+def test_bundled_projector(folder, tmp_path):
+    command = snippet("### With the bundled projector", "bash")
+    output = shell(command.replace("/tmp/result.txt", f"{tmp_path}/result.txt"), folder)
+    assert float(re.search(r"WER ([\d.]+)", output)[1]) < 2
+
+
+def test_figure(folder):
+    """The figure's commands, on 16 utterances and 20 steps instead of 400 and 500."""
+    pytest.importorskip("matplotlib")  # .ci/run installs it
+    commands = snippet("## Try it, on a laptop", "bash")
+    commands += "\n" + snippet("## Try it, on a laptop", "bash", 1)
+    for printed, small in (
+        ("pip install matplotlib\n", ""),
+        ("tests/tiny/train.jsonl", "train.jsonl"),
+        ("tests/tiny/test.jsonl", "test.jsonl"),
+        ("_steps 50", "_steps 10"),
+        ("seq 50 50 500", "seq 10 10 20"),
+        ("range(50, 501, 50)", "range(10, 21, 10)"),
+        ("checkpoint-500", "checkpoint-20"),
+    ):
+        assert printed in commands
+        commands = commands.replace(printed, small)
+    shell(commands, folder)
+    assert "</svg>" in (folder / "docs/demo_curve.svg").read_text()
+
+
+def test_wandb(folder):
+    """--report_to wandb logs; without its server, into a folder."""
+    pytest.importorskip("wandb")  # .ci/run installs it
+    flags = snippet("#### Training", "bash").split("\n\n# ")[0].replace("aishell", "wandb")
+    flags = flags.replace("data_wandb", "data_aishell").replace("tensorboard", "wandb")
+    shell(flags + "\npython train.py $flags", folder, WANDB_MODE="offline")
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_benchmark():
+    """One of its training runs and one of decoding, in the tiny world that a CPU can stand."""
+    command = "python tests/benchmark.py --llm tiny --whisper tiny"
+    assert command in (ROOT / "tests/benchmark.py").read_text()
+    output = shell(f"{command} --only 'decode, 5 beams, rec'", ROOT)
+    assert len(re.findall(r"[\d.]+ utt/s  RTFx +[\d.]+ .* % of matmul", output)) == 2
+
+
+def test_cost_of_a_longer_utterance():
+    output = shell(snippet("### What a full run costs", "bash"), ROOT)
+    assert re.fullmatch(r"1\.19\d*\n", output)
 
 
 def test_from_python():

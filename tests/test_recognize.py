@@ -568,7 +568,7 @@ def test_a_jsonl_as_it_may_come(tmp_path, demo_jsonl, demo_transcripts):
         ({"beams": 5}, "wrong flags .*--beams"),
         ({"batch_size": 0}, "a --batch_size of 1 or more"),
         ({"result_path": "no/such/folder/r.txt"}, "--result_path .*make its folder"),
-        ({"projector_model_path": "nowhere"}, "nowhere: expected a model.safetensors of train.py"),
+        ({"projector_model_path": "nowhere"}, "--projector_model_path nowhere: expected a model"),
         ({"projector_model_path": TINY / "llm/model.safetensors"}, "--projector_model_path"),
         ({"whisper_model_name_or_path": "huge"}, "--whisper_model_name_or_path .*'tiny'"),
         (
@@ -591,7 +591,7 @@ def test_a_projector_of_other_models_is_refused(tmp_path, demo_jsonl, part):
         other = make_llm(tmp_path / "llm", hidden_size=128)
     else:
         other = make_whisper(tmp_path / "whisper.pt", n_audio_ctx=250, n_audio_state=128)
-    with pytest.raises(SystemExit, match="made for other models"):
+    with pytest.raises(SystemExit, match=r"--projector_model_path .*made for other models"):
         recognized({**DEMO, part: other}, demo_jsonl, tmp_path / "result.txt")
 
 
