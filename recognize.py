@@ -195,7 +195,9 @@ def main():
         raise InputError(f"--result_path {result}: make its folder first")
     if not model_args.projector_model_path or args.batch_size < 1:
         raise InputError("expected a --projector_model_path, and a --batch_size of 1 or more")
-    state = PartialState(args.use_cpu, timeout=timedelta(days=30))  # ranks wait however long
+    # Without a GPU, accelerate would let torchrun's processes each decode everything
+    cpu = args.use_cpu or not torch.accelerator.is_available()
+    state = PartialState(cpu, timeout=timedelta(days=30))  # ranks wait however long
     dtype = args.dtype or ("float32" if state.device.type == "cpu" else "bfloat16")
     model, rows = load_speech_llm(model_args, state.device, getattr(torch, dtype))
     model.to(state.device).eval()

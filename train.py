@@ -39,6 +39,8 @@ class TrainingArguments(transformers.TrainingArguments):
     ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self):
+        # Without a GPU, transformers would let torchrun's processes each train alone
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.eval_strategy = self.evaluation_strategy or self.eval_strategy
         self.warmup_steps = self.warmup_steps or self.warmup_ratio or 0  # below 1: a ratio
         super().__post_init__()
