@@ -2,13 +2,15 @@
 
     python tests/benchmark.py --llm qwen2-1.5b --whisper large     (one GPU)
     python tests/benchmark.py --llm tiny --whisper tiny            (a CPU)
+    python tests/benchmark.py ... --gpus 2 --only train --extra "--deepspeed ds_config_zero3.json"
 
 Random weights (speed and memory do not depend on the values), a byte-level tokenizer, and synthetic
 16-bit wav files with AISHELL-like lengths (gamma, mean 4.7 s). Random LLMs never stop, so decoding
 is bounded by --max_new_tokens 50. Utterances per second are steady-state: without loading the
 models and without the first steps. "of matmul" is the floating-point rate of the necessary
 operations (encoder window, LLM forward and its backward to the activations, projector) over the
-rate of a plain 8192^3 bf16 matrix product measured in the same run.
+rate of a plain 8192^3 bf16 matrix product measured in the same run. With --gpus all figures but the
+peak memory, which is one GPU's, are of all GPUs together.
 """
 
 import argparse
@@ -113,9 +115,12 @@ def child(script, arguments):
         print(f"PEAK {torch.cuda.max_memory_allocated() / 1e9:.1f} GB", flush=True)
 
 
-def measure(folder, script, flags, amount, durations):
+def measure(folder, script, flags, amount, durations, gpus):
     """(utterances per second, audio seconds per second, peak memory) of one command."""
-    command = [sys.executable, __file__, "--child", script, "--llm_model_name_or_path"]
+    command = [sys.executable]
+    if gpus > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+    command += [__file__, "--child", script, "--llm_model_name_or_path"]
     command += [str(folder / "llm"), "--whisper_model_name_or_path", str(folder / "whisper.pt")]
     projector = folder / "out" / "model.safetensors"
     output = folder / "out" if not projector.exists() else Path(tempfile.mkdtemp(dir=folder))
@@ -150,7 +155,7 @@ def measure(folder, script, flags, amount, durations):
         return amount / rtfx[1], rtfx[0], peak
     batch = re.search(r"per_device_train_batch_size (\d+)", flags)[1]
     accumulation = re.findall(r"gradient_accumulation_steps (\d+)", flags)  # the last one counts
-    batch = int(batch) * int([1, *accumulation][-1])
+    batch = gpus * int(batch) * int([1, *accumulation][-1])
     skip = max(1, len(times) // 4)  # warming up
     rate = batch * (len(times) - 1 - skip) / (times[-1] - times[skip])
     return rate, rate * durations.mean(), peak
@@ -198,6 +203,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--llm", choices=LLMS, default="qwen2-1.5b")
     parser.add_argument("--whisper", choices=WHISPERS, default="large")
+    parser.add_argument("--gpus", type=int, default=1, help="processes, started by torchrun")
     parser.add_argument("--only", default="", help="only runs whose name has this in it")
     parser.add_argument("--extra", default="", help="more flags for every run")
     args = parser.parse_args()
@@ -217,10 +223,10 @@ def main():
         elif device == "cpu":
             amount = 24
         start = time.perf_counter()
-        utterances, rtfx, peak = measure(folder, script, flags, amount, durations)
+        utterances, rtfx, peak = measure(folder, script, flags, amount, durations, args.gpus)
         whole = time.perf_counter() - start
         flops = necessary_flops(args.llm, args.whisper, durations, script == "train.py")
-        share = 100 * utterances * flops / peak_rate
+        share = 100 * utterances * flops / peak_rate / args.gpus
         print(
             f"{name:38} {utterances:7.1f} utt/s  RTFx {rtfx:7.1f}  peak {peak:>9}  "
             f"{share:4.1f} % of matmul  ({whole:.0f} s in all)",

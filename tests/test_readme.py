@@ -210,10 +210,10 @@ def test_wandb(folder):
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_benchmark():
+@pytest.mark.parametrize("gpus", ["", "--gpus 2"])
+def test_benchmark(gpus):
     """One of its training runs and one of decoding, in the tiny world that a CPU can stand."""
-    command = "python tests/benchmark.py --llm tiny --whisper tiny"
-    assert command in (ROOT / "tests/benchmark.py").read_text()
+    command = f"python tests/benchmark.py --llm tiny --whisper tiny {gpus}"
     output = shell(f"{command} --only 'decode, 5 beams, rec'", ROOT)
     assert len(re.findall(r"[\d.]+ utt/s  RTFx +[\d.]+ .* % of matmul", output)) == 2
 
