@@ -66,10 +66,11 @@ class SpeechEncoder:
         model = whisper.load_model(name, device="cpu")  # the decoder is freed on return
         self.dims, self.dtype = model.dims, dtype  # n_mels, n_audio_ctx, n_audio_state, ...
         self.encoder = model.encoder.eval().requires_grad_(False).to(device, dtype)
-        self.encoder.blocks[0].register_forward_pre_hook(contiguous)  # x is the convolutions', .mT
+        # The convolutions hand on a transposed view, which the blocks' additions would keep
+        self.encoder.blocks[0].register_forward_pre_hook(contiguous)
         for module in self.encoder.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.__class__ = nn.LayerNorm  # fp32 within one kernel, Whisper's casts take two
+            if isinstance(module, nn.LayerNorm):  # PyTorch's own computes in fp32 too, without
+                module.__class__ = nn.LayerNorm  # Whisper's kernels to cast to it and back
 
     @torch.no_grad()
     def __call__(self, waveforms):

@@ -85,9 +85,9 @@ def split_at_pauses(waveform, window):
 
 
 def load_batches(utterances, rows, size):
-    """Utterances' items -> their (line, samples of each window, None or why there are none), and
+    """What a DataLoader worker makes of Utterances' items: (per utterance, per batch).
 
-    the windows as batches of at most `size` for transcribe.
+    [(line, samples of each window, None or why there are none)], [Rows.batch of `size` windows].
     """
     loaded, windows = [], []
     for utterance in utterances:
@@ -109,7 +109,7 @@ def transcribe(model, rows, batch, args):
     """
     device = next(model.parameters()).device
     ids, waveforms = batch["input_ids"].to(device), batch["waveforms"].to(device)
-    limits = (ids == SPEECH).sum(1) + 20  # a token for each 0.1 s
+    limits = (ids == SPEECH).sum(1) + 20  # a speech embedding is 0.1 s: one token at most
     if args.max_new_tokens:
         limits = torch.full_like(limits, args.max_new_tokens)
 

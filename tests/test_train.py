@@ -271,6 +271,17 @@ def test_missing_flag(monkeypatch, capsys):
     assert "--data_path" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_compile_without_a_compiler(parts, tmp_path):
+    """One line says what is missing, and which flag does without."""
+    folder, models = parts
+    env = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": f"{tmp_path}/cache"}
+    flags = ["--data_path", folder / "train.jsonl", "--output_dir", tmp_path / "out", "--compile"]
+    process = run(sys.executable, "train.py", *models, *flags, env=env, check=False)
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1].startswith("--compile: needs a C compiler")
+    assert "--compile False" in process.stderr and "Traceback" not in process.stderr
+
+
 def test_resume_with_another_llm(ways, mistaken, tmp_path):
     """A checkpoint in output_dir that was trained with another LLM is not resumed, nor touched."""
     other = make_llm(tmp_path / "other", seed=7)
