@@ -7,7 +7,8 @@ One GPU:   python train.py --llm_model_name_or_path Qwen2-1.5B-Instruct \\
 2 nodes:   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_id=west --rdzv_backend=c10d \\
                --rdzv_endpoint=HOST:29400 train.py ...        (the same line on each node)
 
-Besides the flags below, every flag of transformers.TrainingArguments works.
+Besides the flags below, every flag of transformers.TrainingArguments works, but for its
+--train_sampling_strategy group_by_length.
 """
 
 import json

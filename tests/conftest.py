@@ -6,6 +6,7 @@ Everything is made here or bundled in tests/tiny: no test needs a network, a GPU
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,13 @@ def run(*command, env=None, check=True, timeout=300, cwd=ROOT):
     if check and process.returncode != 0:
         raise AssertionError(f"{command} failed:\n{process.stdout}\n{process.stderr}")
     return process
+
+
+def free_endpoint():
+    """HOST:PORT of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
 
 
 def torchrun(n_processes):

@@ -9,13 +9,12 @@ import math
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_jsonl, make_llm, make_whisper, run, torchrun
+from conftest import ROOT, free_endpoint, make_jsonl, make_llm, make_whisper, run, torchrun
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -290,11 +289,8 @@ def agents(runs):
         flags = [*as_flags(**RECIPE | {"max_steps": 12}), *SETUPS[name][1]]
         runs.add(f"{name}-of-1", f"{name}-of-1", 1, flags)
     path = runs.file()
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        endpoint = f"localhost:{free.getsockname()[1]}"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    torchrun += ["--rdzv_id=west", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}"]
+    torchrun += ["--rdzv_id=west", "--rdzv_backend=c10d", f"--rdzv_endpoint={free_endpoint()}"]
     command = [*torchrun, str(ROOT / "tests" / "several.py"), str(path)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     processes = [subprocess.Popen(command, cwd=ROOT, env=env) for _ in range(2)]
