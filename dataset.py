@@ -1,14 +1,17 @@
-"""From jsonl lines {"wav": ..., "txt": ...} to batches of token rows and raw waveforms.
+"""The data: a jsonl of {"wav": path, "txt": transcript, "duration": seconds} -> batches.
 
-DataLoader workers only decode and resample audio and tokenise text; the log-mel is the model's.
+"duration" may be left out, and is then read from the file's header. A relative path is taken from
+the jsonl's own folder. DataLoader workers decode and resample audio and tokenise text; the log-mel
+is the model's.
 """
 
 import contextlib
-import io
+import ctypes
 import json
 import os
-from functools import partial
-from multiprocessing import Pool
+import signal
+import sys
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import soundfile
@@ -19,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import HfArgumentParser
 from whisper.audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE
 
-SPEECH, PAD = -1, -2  # what stands in a row in place of a token id: a speech embedding, nothing
-IGNORE = -100  # a label that is no target
+SPEECH, PAD = -1, -2  # stand in input_ids where there is no token: a speech embedding, padding
+IGNORE = -100  # a label that is not a target
 
 
 class InputError(SystemExit):
@@ -31,171 +34,219 @@ class InputError(SystemExit):
 
 
 @contextlib.contextmanager
-def explain(expected):
-    """Makes whatever fails inside an InputError: what was expected, and the reason in brackets."""
+def user_error(expected, *errors):
+    """Turns errors of these classes into an InputError: what was expected, the cause in brackets.
+
+    It surrounds only what the user has typed or provided; all other errors keep their traceback.
+    """
     try:
         yield
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{expected} ({reason})") from error
+    except errors as error:
+        if isinstance(error, torch.OutOfMemoryError):  # a RuntimeError, but no wrong flag
+            raise
+        cause = str(error).partition("\n")[0]
+        raise InputError(f"{expected} ({cause})") from error
 
 
-def parse_flags(*arguments):
-    """The dataclasses of a script's arguments, from its command line. Raises InputError."""
-    with explain("wrong flags"):
-        return HfArgumentParser(
-            arguments, usage="%(prog)s --FLAG ..."
-        ).parse_args_into_dataclasses()
+def parse_flags(*dataclasses):
+    """Instances of the dataclasses, from a script's command line. Raises InputError."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+    parser = HfArgumentParser(dataclasses, usage="%(prog)s --FLAG ...")
+    with user_error("wrong flags", ValueError):
+        return parser.parse_args_into_dataclasses()
+
+
+def end_with_parent(*_):
+    """Lets Linux end this process when the one that started it dies, even by kill -9.
+
+    So neither torchrun's processes outlive it, nor the workers that load audio for them.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def load_audio(path):
-    """An audio file of any format and rate -> mono float32 waveform at 16 kHz, (n_samples,).
+    """An audio file of any format, rate and number of channels -> (n_samples,) int16, 16 kHz mono.
 
     Raises InputError if it cannot be decoded, is empty, or has a sample that is not finite.
     """
-    try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (n, channels)
-        waveform = soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE)
-    except (soundfile.LibsndfileError, TypeError, ValueError):  # leaves ffmpeg's formats
-        with explain(f"{path}: neither libsndfile nor ffmpeg can decode it"):
-            waveform = whisper.load_audio(path)
-    if len(waveform) == 0 or not np.isfinite(waveform).all():
-        raise InputError(f"{path}: holds no audio, or samples that are not finite numbers")
-    return waveform
+    with user_error(f"{path}: cannot be decoded", OSError, RuntimeError, ValueError):
+        os.stat(path)  # names a missing file better than what follows
+        try:
+            samples, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (n, channels)
+            waveform = soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE)
+        except (soundfile.LibsndfileError, TypeError):  # TypeError: a headerless file
+            waveform = whisper.load_audio(path)  # by ffmpeg
+        if len(waveform) == 0 or not np.isfinite(waveform).all():
+            raise ValueError("no audio, or samples that are not finite numbers")
+    return (waveform * 32768).round().clip(-32768, 32767).astype(np.int16)
 
 
 def audio_seconds(path):
     """Duration of an audio file, from its header where libsndfile reads it. Raises InputError."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file")
-    with contextlib.suppress(soundfile.LibsndfileError, TypeError):
+    with contextlib.suppress(soundfile.LibsndfileError, TypeError, ValueError):
         # The header of what was a stream may have no length, or an absurd one
         if 0 < (seconds := soundfile.info(path).duration) < 1e6:
             return seconds
     return len(load_audio(path)) / SAMPLE_RATE
 
 
-def check_line(line, folder, training):
-    """(seconds of audio, None) of a jsonl line (bytes), or (0, what is wrong with it)."""
-    try:
-        with explain('expected {"wav": "a path", "txt": "its transcript"}'):
-            utterance = json.loads(line)
-            path = os.path.join(folder, utterance["wav"])
-            text = utterance["txt"] if training else utterance.get("txt", "")
-            assert isinstance(text, str), "txt is not a string"
-            text.encode()  # half a surrogate pair is no text
-        return audio_seconds(path), None
-    except InputError as error:
-        return 0.0, str(error)
-
-
 class Utterances(torch.utils.data.Dataset):
-    """The lines of a jsonl, checked; item i is a dict: its keys, "wav" to open, "line" (i + 1).
+    """The lines of a jsonl, checked. Item i is the dict of a line, with two keys more:
 
-    Holds the file's bytes, not a million dicts: little memory, which forked workers share.
-    seconds (n,) is the audio's duration. The InputError lists the first ten bad lines and counts
-    them all. A byte order mark and Windows line ends do no harm.
+    "waveform" (n_samples,) int16, and "error": None, or why the waveform is a sample of silence.
+
+    Holds the raw lines, and parses one when asked for it: a million lines take little memory.
+    seconds: the duration of each. The InputError lists the first ten bad lines and counts them all.
     """
 
     def __init__(self, path, training):
-        with explain(f"{path}: cannot be read"), open(path, "rb") as file:
-            self.data = file.read()
-        self.folder = os.path.dirname(path)
-        self.offsets = np.cumsum([0, *map(len, io.BytesIO(self.data))])
-        check = partial(check_line, folder=self.folder, training=training)
-        n_processes = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        with Pool(max(1, min(n_processes, len(self) // 1000))) as pool:
-            checked = list(pool.imap(check, io.BytesIO(self.data), chunksize=100))
-        self.seconds = np.array([seconds for seconds, _ in checked])
-        bad = [f"{path}:{i}: {problem}" for i, (_, problem) in enumerate(checked, 1) if problem]
-        if bad or not checked:
-            count = [f"{path}: {len(bad)} bad lines in all" if checked else f"{path}: is empty"]
-            raise InputError("\n".join(bad[:10] + count))
+        self.path, self.training = path, training
+        with user_error(f"{path}: cannot be read", OSError), open(path, "rb") as file:
+            self.lines = file.read().rstrip().splitlines()
+        with ThreadPool(32) as pool:  # threads, because to open files is to wait
+            self.seconds = pool.map(self.measure, range(len(self)))
+        bad = [str(seconds) for seconds in self.seconds if isinstance(seconds, InputError)]
+        if bad or not self.lines:
+            count = (
+                f"{path}: {len(bad)} of {len(self)} lines are bad" if bad else f"{path}: is empty"
+            )
+            raise InputError("\n".join([*bad[:10], count]))
+
+    def measure(self, i):
+        """Seconds of audio of item i, or the InputError that names its line."""
+        try:
+            utterance = self.parse(i)
+            return utterance.get("duration") or audio_seconds(utterance["wav"])
+        except InputError as error:
+            return InputError(f"{self.path}:{i + 1}: {error}")
+
+    def parse(self, i):
+        """Item i without its audio; "wav" is a path to open. Raises InputError."""
+        line, expected = self.lines[i], 'expected {"wav": "a path", "txt": "its transcript"}'
+        with user_error(expected, ValueError, LookupError, TypeError, AttributeError):
+            utterance = json.loads(line)
+            wav = os.path.join(os.path.dirname(self.path), utterance["wav"])
+            text = utterance["txt"] if self.training else utterance.get("txt", "")
+            text.encode()  # neither null nor half of a surrogate pair
+            duration = utterance.get("duration", 1)
+            if type(duration) not in (int, float) or not 0 < duration < 1e6:
+                raise ValueError("duration is not a number of seconds")
+        return utterance | {"wav": wav}
 
     def __len__(self):
-        return len(self.offsets) - 1
+        return len(self.lines)
 
     def __getitem__(self, i):
-        utterance = json.loads(self.data[self.offsets[i] : self.offsets[i + 1]])
-        return utterance | {"wav": os.path.join(self.folder, utterance["wav"]), "line": i + 1}
+        utterance = self.parse(i)
+        try:
+            return utterance | {"waveform": load_audio(utterance["wav"]), "error": None}
+        except InputError as error:
+            return utterance | {"waveform": np.zeros(1, np.int16), "error": str(error)}
+
+    def leave_out_long(self, rows, max_length):
+        """Drops audio longer than the encoder's window, and rows longer than max_length.
+
+        Neither is ever cut. Returns their number. Raises InputError if nothing is left.
+        """
+        fitting = []
+        for i, seconds in enumerate(self.seconds):
+            n_samples, text = round(seconds * SAMPLE_RATE), self.parse(i)["txt"]
+            room = max_length - len(rows.prompt(n_samples)) - 1
+            # A text has at most a token for each of its bytes
+            short = len(text.encode()) <= room or len(rows.tokenize(text)) <= room
+            if short and n_samples <= rows.max_samples:
+                fitting.append(i)
+        if not fitting:
+            raise InputError(f"{self.path}: nothing fits the encoder and --model_max_length")
+        n_out = len(self) - len(fitting)
+        self.lines = [self.lines[i] for i in fitting]
+        self.seconds = [self.seconds[i] for i in fitting]
+        return n_out
 
 
-class Rows:
-    """Lays out the LLM's rows, for training and recognition alike:
+def render_chat(tokenizer, prompt):
+    """The LLM's chat template around a user turn of speech and prompt, as three texts:
 
-    prefix_ids | n_speech places for speech embeddings | suffix_ids (| transcript | end_id).
+    what precedes the speech, what follows it up to the answer, the token that ends the answer.
+    """
+    options = {"tokenize": False, "enable_thinking": False}  # Qwen3 must not think aloud
+    turns = [{"role": "user", "content": f"<speech>{prompt}"}]
+    asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
+    turns.append({"role": "assistant", "content": "<answer>"})
+    answered = tokenizer.apply_chat_template(turns, **options)
+    prefix, suffix = asked.split("<speech>")
+    # The special token behind an answer ends it; where a template has none, the eos token does
+    behind = tokenizer.tokenize(answered.split("<answer>")[-1])
+    special = [token for token in behind if token in tokenizer.get_added_vocab()]
+    return prefix, suffix, special[0] if special else tokenizer.eos_token
 
-    The tokenizer's own chat template is rendered once, with the speech inside the user turn, split
-    there, and the pieces are tokenised. So the prompt at recognition is a prefix of the training
-    row, and targets are known by their place, whatever ids the LLM pads or stops with.
+
+class RowFormat:
+    """How speech and text are laid out in the LLM's input, in training and recognition alike:
+
+    prefix | speech embeddings | suffix (| transcript | end)
+
+    prefix, suffix and end are render_chat's, saved with the projector, so that recognition sees the
+    prompt of training. What is a target is known by its place, never by its id: the LLM may pad
+    with its stop token.
     """
 
-    def __init__(self, tokenizer, prompt, n_audio_ctx, stride, all_speech=False):
-        self.tokenizer, self.all_speech = tokenizer, all_speech
-        self.max_speech = n_audio_ctx // stride  # embeddings in the encoder's window: 300 in 30 s
-        self.samples_per_embedding = stride * N_SAMPLES_PER_TOKEN
-        self.window = self.max_speech * self.samples_per_embedding  # samples
-        # Qwen3 must not think aloud, nor Llama 3.2 be told a date that differs at recognition
-        options = {"tokenize": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
-        turns = [{"role": "user", "content": f"<speech>{prompt}"}]
-        asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
-        turns.append({"role": "assistant", "content": "<answer>"})
-        answered = tokenizer.apply_chat_template(turns, **options)
-        self.prefix_ids, self.suffix_ids = map(self.tokenize, asked.split("<speech>"))
-        # A turn ends with the special token that stands behind an answer; some have none there
-        behind = self.tokenize(answered.split("<answer>")[1])
-        special = [i for i in behind if i in tokenizer.added_tokens_decoder]
-        self.end_id = [*special, tokenizer.eos_token_id][0]
+    def __init__(self, tokenizer, settings, n_audio_ctx):
+        self.tokenizer, self.all_speech = tokenizer, settings["all_speech_embeddings"]
+        self.prefix_ids, self.suffix_ids = map(self.tokenize, settings["chat"][:2])
+        self.end_id = tokenizer.convert_tokens_to_ids(settings["chat"][2])
+        self.samples_per_embedding = settings["projector_stride"] * N_SAMPLES_PER_TOKEN
+        self.max_speech = n_audio_ctx // settings["projector_stride"]  # 300 in Whisper's 30 s
+        self.max_samples = self.max_speech * self.samples_per_embedding
 
     def tokenize(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def n_speech(self, n_samples):
-        """How many speech embeddings stand for a waveform: those that cover it, or all."""
-        covering = -(-n_samples // self.samples_per_embedding)
-        return self.max_speech if self.all_speech else min(covering, self.max_speech)
+    def prompt(self, n_samples):
+        """Ids up to the transcript; SPEECH for each embedding that covers audio, or for all."""
+        covering = min(-(-n_samples // self.samples_per_embedding), self.max_speech)
+        n_speech = self.max_speech if self.all_speech else covering
+        return self.prefix_ids + [SPEECH] * n_speech + self.suffix_ids
 
-    def batch(self, waveforms, targets):
-        """B waveforms (n_samples,) and lists of target ids (empty at recognition) -> SpeechLLM's
+    def batch(self, waveforms, targets=None):
+        """B waveforms (n_samples,) int16, and in training lists of target ids -> a batch:
 
-        input_ids (B, T), padded on the left; labels (B, K), the last K places of a row: IGNORE in
-        the first column, for which nothing is left to predict it; and waveforms (B, samples).
+        waveforms (all samples,) int16, one behind the other: padding would be most of what workers
+        send; n_samples, a list: the host must know them without waiting for the GPU; input_ids
+        (B, T). In training rows are padded on the right, where nothing that comes before sees it,
+        and labels (B, K) are the targets, places (B, K) what predicts them. In recognition rows
+        are padded on the left, so that all go on from their ends.
         """
-        ids = [
-            self.prefix_ids + [SPEECH] * self.n_speech(len(waveform)) + self.suffix_ids + target
-            for waveform, target in zip(waveforms, targets, strict=True)
-        ]
-        labels = [torch.tensor([IGNORE, *target]) for target in targets]
-        pad = partial(pad_sequence, batch_first=True)
-        # as int32, because Trainer rounds floats to bf16 for DeepSpeed
-        waveforms = pad([torch.from_numpy(w) for w in waveforms]).view(torch.int32)
-        ids = pad(list(map(torch.tensor, ids)), padding_value=PAD, padding_side="left")
-        labels = pad(labels, padding_value=IGNORE, padding_side="left")
-        return {"input_ids": ids, "labels": labels, "waveforms": waveforms}
+        n_samples = [len(waveform) for waveform in waveforms]
+        batch = {"waveforms": torch.from_numpy(np.concatenate(waveforms)), "n_samples": n_samples}
+        prompts = [self.prompt(n) for n in n_samples]
+        if targets is None:
+            return batch | {"input_ids": pad(prompts, PAD, "left")}
+        rows = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
+        places = [range(len(p) - 1, len(row) - 1) for p, row in zip(prompts, rows, strict=True)]
+        batch |= {"labels": pad(targets, IGNORE), "places": pad(places, 0)}
+        return batch | {"input_ids": pad(rows, PAD)}
 
     def collate(self, utterances):
-        """Utterances' items -> a training batch."""
-        waveforms = [load_audio(utterance["wav"]) for utterance in utterances]
-        targets = [[*self.tokenize(utterance["txt"]), self.end_id] for utterance in utterances]
-        return self.batch(waveforms, targets)
+        """Items of Utterances -> a training batch, and "errors": why some of them are silence.
+
+        These have no targets: nothing is learned from them, and the batch keeps its size on every
+        process.
+        """
+        waveforms, targets, errors = [], [], []
+        for item in utterances:
+            waveform, error = item["waveform"], item["error"]
+            if len(waveform) > self.max_samples:
+                waveform, error = waveform[:1], f"{item['wav']}: longer than its duration says"
+            waveforms.append(waveform)
+            targets.append([] if error else [*self.tokenize(item["txt"]), self.end_id])
+            errors += [error] if error else []
+        return self.batch(waveforms, targets) | {"errors": errors}
 
 
-def training_set(utterances, rows, max_length):
-    """The Utterances that fit, as a Subset. What does not fit is left out, never cut:
-
-    audio longer than the encoder's window, and rows longer than max_length.
-    """
-    line_bytes = np.diff(utterances.offsets)  # no text has more tokens than its line has bytes
-    longest_text = max_length - len(rows.prefix_ids) - len(rows.suffix_ids) - 1
-
-    def fits(i):
-        n_samples = utterances.seconds[i] * SAMPLE_RATE
-        room = longest_text - rows.n_speech(round(n_samples))
-        short = line_bytes[i] <= room or len(rows.tokenize(utterances[i]["txt"])) <= room
-        return short and n_samples <= rows.window
-
-    kept = [i for i in range(len(utterances)) if fits(i)]
-    if not kept:
-        window = f"{rows.window / SAMPLE_RATE:g} s"
-        raise InputError(f"--data_path: all is longer than {window} or --model_max_length")
-    return torch.utils.data.Subset(utterances, kept)
+def pad(lists, value, side="right"):
+    """Lists of integers -> (B, length of the longest)."""
+    rows = [torch.tensor(numbers, dtype=torch.long) for numbers in lists]
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)

@@ -4,39 +4,49 @@ After SLAM-ASR (arXiv 2402.08846) and the speech adapter of Llama 3.1 (arXiv 240
 In shape comments B: utterances, T: places in a row, N: speech embeddings, D: the LLM's width.
 """
 
-import contextlib
-import hashlib
+import inspect
 import json
+import pickle
+import sys
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+import transformers
 import whisper
-from safetensors import safe_open
+from accelerate import PartialState
+from jinja2 import TemplateError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from whisper.audio import N_SAMPLES_PER_TOKEN
+from whisper.audio import HOP_LENGTH, N_FFT, N_SAMPLES_PER_TOKEN, SAMPLE_RATE, mel_filters
 
-from dataset import IGNORE, PAD, SPEECH, Rows, explain
+from dataset import IGNORE, PAD, SPEECH, InputError, RowFormat, render_chat, user_error
 
 
 @dataclass
 class ModelArguments:
     llm_model_name_or_path: str  # a causal LLM with a chat template
     whisper_model_name_or_path: str  # openai-whisper's name of a model, or its file
-    projector_model_path: str | None = None  # a checkpoint's; the flags below are for a new one
+    projector_model_path: str | None = None  # a checkpoint's model.safetensors, which brings along:
     projector_hidden_dim: int = 2048
     projector_stride: int = 5  # encoder states, of 20 ms, per speech embedding
     prompt: str = "Transcribe the speech"  # follows the speech in the user turn
     all_speech_embeddings: bool = False  # the whole window's, not only those that cover audio
+    encoder_window: Literal["full", "audio"] = "full"  # 30 s, or as long as the audio
 
 
 class Projector(nn.Module):
     """Encoder states -> speech embeddings, one for `stride` of them.
 
-    (B, n_audio_ctx, encoder_dim) -> (B, n_audio_ctx // stride, llm_dim)
+    (B, n, encoder_dim) -> (B, n // stride, llm_dim)
     """
 
     def __init__(self, encoder_dim, llm_dim, hidden_dim=2048, stride=5):
@@ -50,182 +60,263 @@ class Projector(nn.Module):
         return self.linear2(F.relu(self.linear1(x)))  # (B, N, llm_dim)
 
 
-def contiguous(module, args):
-    """A forward pre-hook: many kernels are slower on views that are transposed or sliced."""
-    return args[0].contiguous(), *args[1:]
-
-
 class SpeechEncoder:
-    """Whisper's frozen encoder and log-mel; `name` is what whisper.load_model takes.
+    """Whisper's frozen log-mel and encoder; `name` is what whisper.load_model takes.
 
-    No nn.Module, so that DDP, DeepSpeed, the optimizer and checkpoints never see it. Every process
-    holds it whole, in `dtype`.
+    Not an nn.Module, so that DDP, DeepSpeed, the optimizer and checkpoints never see it. Every
+    process holds it whole, in `dtype`. Raises InputError.
     """
 
-    def __init__(self, name, device, dtype):
-        model = whisper.load_model(name, device="cpu")  # the decoder is freed on return
-        self.dims, self.dtype = model.dims, dtype  # n_mels, n_audio_ctx, n_audio_state, ...
-        self.encoder = model.encoder.eval().requires_grad_(False).to(device, dtype)
-        # The convolutions hand on a transposed view, which the blocks' additions would keep
-        self.encoder.blocks[0].register_forward_pre_hook(contiguous)
-        for module in self.encoder.modules():
-            if isinstance(module, nn.LayerNorm):  # PyTorch's own computes in fp32 too, without
-                module.__class__ = nn.LayerNorm  # Whisper's kernels to cast to it and back
+    def __init__(self, name, window, device, dtype):
+        errors = (RuntimeError, OSError, EOFError, LookupError, pickle.UnpicklingError)
+        torch.set_default_dtype(dtype)  # in float32 Whisper would take twice the memory
+        try:
+            with user_error(f"--whisper_model_name_or_path {name}: expected a Whisper", *errors):
+                whole = whisper.load_model(name, device="cpu")
+        finally:
+            torch.set_default_dtype(torch.float32)
+        self.dims, self.window, self.device, self.dtype = whole.dims, window, device, dtype
+        self.encoder = whole.encoder.eval().requires_grad_(False).to(device, dtype)
+        self.hann_window = torch.hann_window(N_FFT).to(device)
+        fuse_layer_norms(self.encoder)
 
     @torch.no_grad()
-    def __call__(self, waveforms):
-        """(B, samples) float32 at 16 kHz, 0 behind their ends -> (B, n_audio_ctx, n_audio_state).
+    def __call__(self, waveforms, n_samples):
+        """(all samples,) int16 at 16 kHz -> encoder states (B, n, n_audio_state).
 
-        Each log-mel (n_mels, 2 * n_audio_ctx) is of one utterance: it is scaled by its maximum.
+        n is that of 30 s, or of the longest audio. Behind the states of a shorter one stands 0.
         """
-        waveforms = whisper.pad_or_trim(waveforms, self.dims.n_audio_ctx * N_SAMPLES_PER_TOKEN)
-        with torch.autocast(waveforms.device.type, enabled=False):  # the log-mel needs its fp32
-            mels = [whisper.log_mel_spectrogram(wav, self.dims.n_mels) for wav in waveforms]
-            # cuDNN's attention is the fastest here, where all have one shape. For a new shape, as
-            # each of the LLM's is, it plans for a second.
-            torch.backends.cuda.enable_cudnn_sdp(True)
-            batches = torch.stack(mels).to(self.dtype).split(64)  # bounds the memory
-            states = torch.cat([self.encoder(mel) for mel in batches])
-            torch.backends.cuda.enable_cudnn_sdp(False)
-            return states
+        states, waveforms = [], (waveforms.float() / 32768).split(n_samples)
+        by_length = sorted(range(len(waveforms)), key=n_samples.__getitem__)
+        with torch.autocast(self.device.type, enabled=False):  # the log-mel needs its float32
+            for k in range(0, len(waveforms), 64):  # bounds the memory
+                states += self.encode([waveforms[i] for i in by_length[k : k + 64]])
+        states = dict(zip(by_length, states, strict=True))
+        return pad_sequence([states[i] for i in range(len(states))], batch_first=True)
+
+    def encode(self, waveforms):
+        """Waveforms (n_samples,) -> the states (n, n_audio_state) of each.
+
+        The log-mel and the convolutions are always those of 30 s. With the window "audio" only the
+        states of the whole 2 s that hold the audio enter the blocks, where each utterance attends
+        to itself alone: so its states depend on no other.
+        """
+        encoder, n_ctx = self.encoder, self.dims.n_audio_ctx
+        padded = pad_sequence(waveforms, batch_first=True)
+        padded = F.pad(padded, (0, n_ctx * N_SAMPLES_PER_TOKEN - padded.shape[1]))
+        x = F.gelu(encoder.conv1(self.log_mel(padded).to(self.dtype)))
+        x = F.gelu(encoder.conv2(x)).transpose(1, 2) + encoder.positional_embedding
+        n_states = [n_ctx] * len(waveforms)
+        if self.window == "audio":
+            steps = (-(-len(wav) // (2 * SAMPLE_RATE)) for wav in waveforms)
+            n_states = [min(100 * n_steps, n_ctx) for n_steps in steps]
+        x = torch.cat([row[:n] for row, n in zip(x, n_states, strict=True)])  # (all states, D_enc)
+        groups = [(len(list(group)), n) for n, group in groupby(n_states)]
+        torch.backends.cuda.enable_cudnn_sdp(self.window == "full")  # see "For speed alone"
+        for block in encoder.blocks:
+            x = x + attend(block.attn, block.attn_ln(x), groups)
+            x = x + block.mlp(block.mlp_ln(x))
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return encoder.ln_post(x).split(n_states)
+
+    def log_mel(self, waveforms):
+        """(B, samples) -> (B, n_mels, frames): whisper.log_mel_spectrogram of each, bit for bit.
+
+        Whisper's own would scale the whole batch by one maximum, and wait for the GPU each time.
+        """
+        options = {"window": self.hann_window, "return_complex": True}
+        stft = torch.stft(waveforms, N_FFT, HOP_LENGTH, **options)  # (B, 201, frames + 1)
+        powers = mel_filters(self.device, self.dims.n_mels) @ stft[..., :-1].abs() ** 2
+        log_mel = powers.clamp(min=1e-10).log10()
+        log_mel = torch.maximum(log_mel, log_mel.amax(dim=(1, 2), keepdim=True) - 8.0)
+        return (log_mel + 4.0) / 4.0
+
+
+def attend(attn, x, groups):
+    """Whisper's self-attention, of each utterance to itself: (all states, D_enc) -> the same shape.
+
+    groups: (number of utterances, states of each), of neighbours that have equally many.
+    """
+    outputs, sizes = [], [n_utterances * n for n_utterances, n in groups]
+    qkv = (layer(x).split(sizes) for layer in (attn.query, attn.key, attn.value))
+    for shape, *parts in zip(groups, *qkv, strict=True):
+        q, k, v = (part.view(*shape, attn.n_head, -1).transpose(1, 2) for part in parts)
+        heads = F.scaled_dot_product_attention(q, k, v)  # (utterances, n_head, n, D_head)
+        outputs.append(heads.transpose(1, 2).flatten(0, 1).flatten(1))
+    return attn.out(torch.cat(outputs))
 
 
 class SpeechLLM(nn.Module):
-    """Speech in, text out. `settings` says what built it, and stands in every checkpoint."""
+    """Speech in, text out. `settings` says what built it, and is saved in every checkpoint."""
 
-    accepts_loss_kwargs = True  # Trainer, give forward num_items_in_batch: it averages over tokens
+    accepts_loss_kwargs = True  # makes Trainer give forward num_items_in_batch: a mean over tokens
 
     def __init__(self, encoder, projector, llm, settings):
         super().__init__()
         self.encoder, self.projector, self.settings = encoder, projector, settings
         self.llm = llm.requires_grad_(False)
         self.config = llm.config  # DeepSpeed sizes its "auto" buckets by config.hidden_size
-        self.compiled = False
+
+    def embed(self, input_ids, waveforms, n_samples):
+        """inputs_embeds (B, T, D), of tokens and, where SPEECH stands, of speech.
+
+        input_ids (B, T); waveforms (all samples,) int16; n_samples: of each of the B utterances.
+        """
+        text = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # (B, T, D)
+        states, stride = self.encoder(waveforms, n_samples), self.settings["projector_stride"]
+        n_ctx = self.encoder.dims.n_audio_ctx if self.settings["all_speech_embeddings"] else 0
+        n_missing = (
+            max(n_ctx - states.shape[1], 0) + stride
+        )  # the last embedding may be part of one
+        states = F.pad(states, (0, 0, 0, n_missing))  # (B, n, n_audio_state)
+        dtype = next(self.projector.parameters()).dtype  # float32, but for what DeepSpeed casts
+        speech = self.projector(states.to(dtype)).to(text.dtype)  # (B, N, D)
+        is_speech = (input_ids == SPEECH)[..., None]  # (B, T, 1)
+        speech_index = (is_speech.cumsum(1) - 1).clamp(min=0)  # which of the N is due
+        return torch.where(is_speech, speech.gather(1, speech_index.expand_as(text)), text)
+
+    def forward(self, input_ids, waveforms, n_samples, labels, places, num_items_in_batch=None):
+        """Cross-entropy of the labels, summed, over num_items_in_batch.
+
+        labels (B, K): targets, or IGNORE; places (B, K): where in a row, padded on the right, each
+        is predicted. token_sums (B, 3): an utterance's loss, its number of targets, and how many of
+        them the model ranks first.
+        """
+
+        def select_places(head, inputs):  # the logits of all places would take gigabytes
+            return (inputs[0].take_along_dim(places[..., None], dim=1),)
+
+        embeds, head = self.embed(input_ids, waveforms, n_samples), self.llm.get_output_embeddings()
+        with (
+            head.register_forward_pre_hook(select_places),
+            torch.autocast(embeds.device.type, enabled=False),  # the LLM runs as when it decodes
+        ):
+            logits = self.llm(inputs_embeds=embeds, use_cache=False).logits.float()  # (B, K, vocab)
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        losses = losses.view_as(labels)  # 0 where there is no target
+        n_targets, n_right = (labels != IGNORE).sum(1), (logits.argmax(-1) == labels).sum(1)
+        count = n_targets.sum() if num_items_in_batch is None else num_items_in_batch
+        token_sums = torch.stack([losses.detach().sum(1), n_targets, n_right], dim=1)
+        return {"loss": losses.sum() / count.clamp(min=1), "token_sums": token_sums}
+
+    @torch.no_grad()
+    def generate(self, input_ids, waveforms, n_samples, **flags):
+        """Ids (B, new tokens) of the best hypotheses of rows that are padded on the left.
+
+        flags are those of transformers' generate.
+        """
+        embeds, mask = self.embed(input_ids, waveforms, n_samples), (input_ids != PAD).long()
+        return self.llm.generate(inputs_embeds=embeds, attention_mask=mask, **flags)
 
     def state_dict(self, *args, prefix="", **kwargs):
-        """The projector's alone: nothing frozen is saved, by Trainer nor by DeepSpeed."""
+        """The projector's alone: nothing frozen is saved, neither by Trainer nor by DeepSpeed."""
         return self.projector.state_dict(*args, prefix=prefix + "projector.", **kwargs)
 
     def load_state_dict(self, state_dict, strict=True):
         tensors = {key.removeprefix("projector."): value for key, value in state_dict.items()}
         return self.projector.load_state_dict(tensors)  # always strict
 
-    def compile(self):
-        """torch.compile of each LLM layer by itself: in seconds, and one graph serves them all."""
-        for layer in self.llm.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.compile(dynamic=True)
-        self.compiled = True
-
-    def gradient_checkpointing_enable(self, **kwargs):
-        if self.compiled:  # a layer's graph keeps its inputs alone, and computes the rest again
-            torch._functorch.config.activation_memory_budget = 0
-        else:
-            self.llm.gradient_checkpointing_enable(**kwargs)
-
     def train(self, mode=True):
-        """Only the projector trains: dropout in the frozen LLM never runs.
+        """Puts only the projector into training mode: dropout in the frozen LLM never runs.
 
-        The LLM's checkpointed layers, though not what is in them, are put into training mode too,
-        because transformers checkpoints nothing elsewhere.
+        Checkpointed layers, though not what is in them, go with it: transformers wants it.
         """
         self.training = self.projector.train(mode).training
-        for module in self.llm.modules():
-            module.training = mode and getattr(module, "gradient_checkpointing", False)
+        for layer in llm_layers(self.llm):
+            layer.training = mode and layer.gradient_checkpointing
         return self
 
-    def embed(self, input_ids, waveforms):
-        """inputs_embeds (B, T, D), of tokens and, where SPEECH stands, of speech; the mask (B, T).
-
-        input_ids (B, T); waveforms (B, samples) float32 viewed as int32.
-        """
-        text = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # (B, T, D)
-        states = self.encoder(waveforms.view(torch.float32))  # (B, n_audio_ctx, n_audio_state)
-        dtype = next(self.projector.parameters()).dtype  # fp32, but for what DeepSpeed casts
-        speech = self.projector(states.to(dtype)).to(text.dtype)  # (B, N, D)
-        is_speech = (input_ids == SPEECH)[..., None]  # (B, T, 1)
-        nth = (is_speech.cumsum(1) - 1).clamp(min=0)  # which of a row's N embeddings stands at t
-        embeds = torch.where(is_speech, speech.gather(1, nth.expand_as(text)), text)
-        return embeds, (input_ids != PAD).long()
-
-    def forward(self, input_ids, waveforms, labels, num_items_in_batch=None):
-        """Cross-entropy of the targets, summed, over num_items_in_batch.
-
-        Rows are padded on the left, so that the targets stand at their ends: the logits are
-        computed for the K places of labels (B, K) alone. In eval mode token_sums (B, 3) is each
-        utterance's loss, number of targets, and number of them that the model ranks first.
-        """
-        embeds, mask = self.embed(input_ids, waveforms)
-        places = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        with torch.autocast(embeds.device.type, enabled=False):  # the LLM runs as when it decodes
-            kept = {"use_cache": False, "logits_to_keep": labels.shape[1]}
-            logits = self.llm(inputs_embeds=embeds, **places, **kept).logits[:, :-1].float()
-        targets = labels[:, 1:]  # place t predicts the token at t + 1
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        losses = losses.view_as(targets)  # 0 where the target is IGNORE
-        n_targets = (targets != IGNORE).sum(1)
-        count = n_targets.sum() if num_items_in_batch is None else num_items_in_batch
-        outputs = {"loss": losses.sum() / count}
-        if not self.training:
-            n_right = (logits.argmax(-1) == targets).sum(1)
-            outputs["token_sums"] = torch.stack([losses.sum(1), n_targets, n_right], dim=1)
-        return outputs
-
-    @torch.no_grad()
-    def generate(self, input_ids, waveforms, **flags):
-        """Ids (B, new tokens) of the best hypotheses; flags are those of transformers' generate."""
-        embeds, mask = self.embed(input_ids, waveforms)
-        return self.llm.generate(inputs_embeds=embeds, attention_mask=mask, **flags)
+    def gradient_checkpointing_enable(self, **kwargs):
+        self.llm.gradient_checkpointing_enable(**kwargs)
 
 
-def gathered(parameters):
-    """Context in which parameters that ZeRO-3 has partitioned are whole; all ranks must enter."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return contextlib.nullcontext()
-    import deepspeed  # takes seconds, and only runs with --deepspeed come here
+def projector_settings(args):
+    """What a new projector is built with, or what the one of projector_model_path was."""
+    given = dict(vars(args))
+    if not (path := given.pop("projector_model_path")):
+        return given
+    expected = f"--projector_model_path {path}: expected a model.safetensors of train.py"
+    with user_error(expected, OSError, SafetensorError, LookupError, TypeError, ValueError):
+        saved = {"encoder_window": "full"} | json.loads(safe_open(path, "pt").metadata()["west"])
+    for name, trained in saved.items():
+        now = given.get(name, trained)
+        is_model = name.endswith("_name_or_path")  # a hub's name or a folder
+        if now != trained and not (is_model and Path(now).name == Path(trained).name):
+            used = "" if is_model else f"; {trained} is used"
+            message = f"Warning: --{name} was {trained} in training, not {now}{used}"
+            PartialState().print(message, file=sys.stderr)
+    return given | saved
 
-    return deepspeed.zero.GatheredParameters(parameters)
 
+def load_speech_llm(args, device=None, dtype=None, seed=0):
+    """(SpeechLLM, RowFormat) of ModelArguments, in evaluation mode. Raises InputError.
 
-def fingerprint(*weights):
-    """Tells one pair of frozen models from another; the same in whichever dtype they are loaded."""
-    with gathered(weights):
-        signs = [weight[:1024].detach().signbit().cpu().numpy() for weight in weights]
-    return hashlib.sha256(b"".join(signs)).hexdigest()[:16]
-
-
-def load_speech_llm(args, device, dtype, seed=0):
-    """(SpeechLLM, Rows) of ModelArguments; without a projector_model_path seed makes a new one.
-
-    Raises InputError where a part is not what it should be, or does not belong to the others.
+    Without a projector_model_path, seed makes a new projector. By default on a GPU in bfloat16, or
+    on a CPU in float32.
     """
-    llm_name, whisper_name = args.llm_model_name_or_path, args.whisper_model_name_or_path
-    path, settings = args.projector_model_path, vars(args)
-    if path:  # a trained projector keeps the settings that it was trained with
-        with explain(f"--projector_model_path {path}: expected a model.safetensors of train.py"):
-            settings = json.loads(safe_open(path, "pt").metadata()["west"])
-    with explain(f"--llm_model_name_or_path {llm_name}: expected an LLM with a chat template"):
-        tokenizer = AutoTokenizer.from_pretrained(llm_name)
-        tokenizer.get_chat_template()
-        llm_dim = AutoConfig.from_pretrained(llm_name).get_text_config().hidden_size
-    with explain(f"--whisper_model_name_or_path {whisper_name}: expected a Whisper"):
-        encoder = SpeechEncoder(whisper_name, device, dtype)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    settings, name = projector_settings(args), args.llm_model_name_or_path
+    whisper_name, window = args.whisper_model_name_or_path, settings["encoder_window"]
+    with PartialState().local_main_process_first():  # so that one process of a node downloads
+        encoder = SpeechEncoder(whisper_name, window, device, dtype)
+    expected = f"--llm_model_name_or_path {name}: expected a causal LLM with a chat template"
+    with user_error(expected, OSError, ValueError, TemplateError, SafetensorError):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        settings["chat"] = settings.get("chat") or render_chat(tokenizer, settings["prompt"])
+        llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    if "inputs_embeds" not in inspect.signature(llm.prepare_inputs_for_generation).parameters:
+        raise InputError(f"{expected}, not {type(llm).__name__}, which cannot decode embeddings")
+    rows = RowFormat(tokenizer, settings, encoder.dims.n_audio_ctx)
     torch.manual_seed(seed)  # loading may have drawn random numbers
-    stride, hidden_dim = settings["projector_stride"], settings["projector_hidden_dim"]
-    projector = Projector(encoder.dims.n_audio_state, llm_dim, hidden_dim, stride)
-    llm = AutoModelForCausalLM.from_pretrained(llm_name, dtype=dtype)
-    llm.get_output_embeddings().register_forward_pre_hook(contiguous)  # a slice: logits_to_keep
-    identity = fingerprint(encoder.encoder.conv1.weight, llm.get_input_embeddings().weight)
-    model = SpeechLLM(encoder, projector, llm, settings | {"fingerprint": identity})
-    if path:
-        with explain(f"--projector_model_path {path}: made for other models than these"):
-            assert settings["fingerprint"] == identity, settings["llm_model_name_or_path"]
+    sizes = encoder.dims.n_audio_state, llm.config.get_text_config().hidden_size
+    projector = Projector(*sizes, settings["projector_hidden_dim"], settings["projector_stride"])
+    model = SpeechLLM(encoder, projector, llm, settings)
+    if path := args.projector_model_path:
+        with user_error(f"--projector_model_path {path}: of models of other sizes", RuntimeError):
             model.load_state_dict(load_file(path))
-    prompt, all_speech = settings["prompt"], settings["all_speech_embeddings"]
-    with explain(f"--llm_model_name_or_path {llm_name}: its chat template cannot hold --prompt"):
-        rows = Rows(tokenizer, prompt, encoder.dims.n_audio_ctx, stride, all_speech)
     # Decoding inherits nothing of the LLM's own generation config but its stop tokens
     stops = llm.generation_config.eos_token_id
     stops = {rows.end_id, *(stops if isinstance(stops, list) else [stops])} - {None}
     llm.generation_config = GenerationConfig(eos_token_id=list(stops), pad_token_id=rows.end_id)
-    return model, rows
+    llm.get_output_embeddings().register_forward_pre_hook(make_contiguous)
+    return model.to(device).eval(), rows
+
+
+# For speed alone: what follows changes no result, and can be deleted together with its calls.
+
+
+def llm_layers(llm):
+    """The LLM's repeated layers, whatever its family."""
+    return [module for module in llm.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def fuse_layer_norms(encoder):
+    """PyTorch's LayerNorm computes in float32 inside one kernel; Whisper's casts around it."""
+    for module in encoder.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.forward = partial(nn.LayerNorm.forward, module)
+
+
+def make_contiguous(module, inputs):
+    """On the slice of the last places, a prompt's logits take 204 ms for 1280 rows, so under 1."""
+    return (inputs[0].contiguous(),)
+
+
+# transformers asks the GPU at each step whether a row is packed of several; ours never are
+transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
+
+
+def compile_layers(llm, recompute):
+    """torch.compile of each LLM layer by itself: in seconds, since one graph serves them all."""
+    if recompute:
+        torch._functorch.config.activation_memory_budget = 0
+    for layer in llm_layers(llm):
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+def fetch_whole_layers(llm):
+    """Makes ZeRO-3 fetch a layer's weights at once, not those of each small module by hooks."""
+    import deepspeed  # takes seconds, and only runs with --deepspeed come here
+
+    deepspeed.utils.set_z3_leaf_modules(llm, list({type(layer) for layer in llm_layers(llm)}))

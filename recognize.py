@@ -6,29 +6,30 @@ One GPU or CPU:  python recognize.py --llm_model_name_or_path Qwen2-1.5B-Instruc
 8 GPUs:          torchrun --standalone --nproc_per_node=8 recognize.py ...
 
 Writes result.txt (line i is the hypothesis of line i) and result.txt.report. A run that is cut off
-leaves what it has decoded in result.txt.partial-*, and the same command goes on from there.
+leaves what it has decoded in result.txt.records-*, and --resume goes on from there.
 """
 
+import contextlib
 import glob
-import hashlib
 import json
 import os
 import re
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
 import jiwer
 import torch
 from accelerate import PartialState
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from whisper.utils import compression_ratio
 
-from dataset import SAMPLE_RATE, SPEECH, InputError, Utterances, load_audio, parse_flags
+from dataset import SAMPLE_RATE, InputError, Utterances, end_with_parent, load_audio, parse_flags
 from model import ModelArguments, load_speech_llm
 
 UNSPACED = r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"  # Thai, kana, Han
@@ -40,21 +41,47 @@ REFUSAL = (  # the LLM talks to the user about the task
     r"|(抱歉|对不起|无法|不能).{0,20}(转录|转写|这段音频|音频(中|文件|内容)|语音内容)"
 )
 LOOP = r"([^\s\d].{0,60}?)\1{7,}"  # said eight times in a row; not the zeros of 100000000
+LEAST = {"batch_size": 1, "num_workers": 0, "num_beams": 1, "max_new_tokens": 1}
+LEAST |= {"no_repeat_ngram_size": 0, "repetition_penalty": 1e-3}
+NORMALIZERS = {None: str, "english": EnglishTextNormalizer(), "basic": BasicTextNormalizer()}
 
 
 @dataclass(kw_only=True)
 class DecodingArguments:
     data_path: str  # jsonl of {"wav": ...}, and "txt" to score against
     result_path: str = "result.txt"
+    resume: bool = False  # go on from the records that a cut-off run of these flags has left
     batch_size: int = 64  # windows of audio decoded together
-    num_beams: int = 1  # 1 is greedy search
-    length_penalty: float = 1.0  # above 0 favours longer beams
-    max_new_tokens: int | None = None  # by default 20, and one for each speech embedding
     metric: Literal["wer", "cer", "auto"] = "auto"  # cer if references are mostly Han, kana, Thai
-    normalize: bool = False  # by Whisper's text normaliser: the English one if all is ASCII
+    normalize: Literal["english", "basic"] | None = None  # Whisper's text normalisers
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # bfloat16 on a GPU
     use_cpu: bool = False
     num_workers: int = min(4, os.cpu_count())  # processes that load audio
+
+
+@dataclass
+class SearchArguments:  # flags of transformers' generate
+    num_beams: int = 1  # 1 is greedy search
+    length_penalty: float = 1.0  # above 0 favours longer beams
+    repetition_penalty: float = 1.0  # above 1: what was said becomes less likely
+    no_repeat_ngram_size: int = 0  # above 0: so many tokens are not said twice
+    max_new_tokens: int | None = None  # by default 20, and 10 for each second
+
+
+def split_at_pauses(waveform, max_samples):
+    """Pieces of at most max_samples that join to the waveform, cut where it is quietest.
+
+    That is in the middle of the 0.1 s of least energy in the last sixth of a piece (5 of 30 s).
+    """
+    pieces, start, frame = [], 0, SAMPLE_RATE // 10
+    while len(waveform) - start > max_samples:
+        end = start + max_samples
+        last_sixth = end - max_samples // 6 // frame * frame
+        energies = (waveform[last_sixth:end].reshape(-1, frame).astype(float) ** 2).sum(axis=1)
+        cut = last_sixth + energies.argmin() * frame + frame // 2
+        pieces.append(waveform[start:cut])
+        start = cut
+    return [*pieces, waveform[start:]]
 
 
 def hallucination(text, seconds, stopped):
@@ -63,176 +90,166 @@ def hallucination(text, seconds, stopped):
         return "refusal"
     if re.search(LOOP, text + " ") or compression_ratio(text) > 2.4:  # as whisper.transcribe
         return "loop"
-    # nobody says 30 letters, or 10 kana or Han characters, a second
+    # Nobody says 30 letters, or 10 kana or Han characters, a second
     if len(text) + 2 * len(re.findall(r"[\u3040-\u9fff]", text)) > 15 + 30 * seconds:
         return "too long"
     return None if stopped else "no stop"
 
 
-def split_at_pauses(waveform, window):
-    """Pieces of at most `window` samples that join to the waveform, cut where it is quietest.
-
-    That is in the middle of the 0.1 s of least energy in the last sixth of the window (5 of 30 s).
-    """
-    pieces, frame = [], SAMPLE_RATE // 10
-    while len(waveform) > window:
-        start = window - window // 6 // frame * frame
-        energies = (waveform[start:window].reshape(-1, frame) ** 2).sum(axis=1)
-        cut = start + energies.argmin() * frame + frame // 2
-        pieces.append(waveform[:cut])
-        waveform = waveform[cut:]
-    return [*pieces, waveform]
-
-
-def load_batches(utterances, rows, size):
-    """What a DataLoader worker makes of Utterances' items: (per utterance, per batch).
-
-    [(line, samples of each window, None or why there are none)], [Rows.batch of `size` windows].
-    """
-    loaded, windows = [], []
-    for utterance in utterances:
-        mine, error = [], None
-        try:
-            mine = split_at_pauses(load_audio(utterance["wav"]), rows.window)
-        except InputError as problem:
-            error = str(problem)
-        loaded.append((utterance["line"], list(map(len, mine)), error))
-        windows += mine
-    chunks = [windows[k : k + size] for k in range(0, len(windows), size)]
-    return loaded, [rows.batch(chunk, [[] for _ in chunk]) for chunk in chunks]
-
-
-def transcribe(model, rows, batch, args):
-    """[(text, stopped)] of the rows of a Rows.batch; stopped: by a stop token of the LLM.
+def transcribe_windows(model, rows, windows, max_new_tokens=None, **flags):
+    """[(text, hallucination's kind or None)] of waveforms (n_samples,) int16, in one batch.
 
     A row ends at its own limit, so that it does not depend on the rows that share its batch.
     """
-    device = next(model.parameters()).device
-    ids, waveforms = batch["input_ids"].to(device), batch["waveforms"].to(device)
-    limits = (ids == SPEECH).sum(1) + 20  # a speech embedding is 0.1 s: one token at most
-    if args.max_new_tokens:
-        limits = torch.full_like(limits, args.max_new_tokens)
+    device, batch = model.encoder.device, rows.batch(windows)
+    seconds = [len(window) / SAMPLE_RATE for window in windows]
+    limits = [max_new_tokens or 20 + round(10 * s) for s in seconds]
+    limit_of_row = torch.tensor(limits, device=device)
 
     def at_limit(ids, scores, **kwargs):  # ids (rows x beam candidates, new tokens)
-        return ids.shape[1] >= limits.repeat_interleave(len(ids) // len(limits))
+        return ids.shape[1] >= limit_of_row.repeat_interleave(len(ids) // len(limits))
 
-    search = {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
-    search |= {"max_new_tokens": int(limits.max()), "stopping_criteria": [at_limit]}
-    output = model.generate(ids, waveforms, **search)
+    inputs = batch["input_ids"].to(device), batch["waveforms"].to(device), batch["n_samples"]
+    flags |= {"max_new_tokens": max(limits), "stopping_criteria": [at_limit]}
     results, stop_ids = [], model.llm.generation_config.eos_token_id
-    for ids, limit in zip(output.tolist(), limits.tolist(), strict=True):
-        length = next((t for t, i in enumerate(ids[:limit]) if i in stop_ids), limit)
-        text = rows.tokenizer.decode(ids[:length], skip_special_tokens=True)
-        results.append((" ".join(text.split()), length < limit))  # one line, whatever it holds
+    for row, ids in enumerate(model.generate(*inputs, **flags).tolist()):
+        ids = ids[: limits[row]]
+        end = next((t for t, token in enumerate(ids) if token in stop_ids), None)
+        text = rows.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        text = " ".join(text.split())  # one line, whatever it holds
+        results.append((text, hallucination(text, seconds[row], stopped=end is not None)))
     return results
 
 
-def decode(model, rows, utterances, groups, args):
-    """Yields a record for each utterance: {"line", "text", "flag", "error"}."""
-    load = partial(load_batches, rows=rows, size=args.batch_size)
-    options = {"batch_sampler": groups, "collate_fn": load, "num_workers": args.num_workers}
-    for loaded, batches in torch.utils.data.DataLoader(utterances, **options):
-        pieces = [piece for batch in batches for piece in transcribe(model, rows, batch, args)]
-        for line, lengths, error in loaded:
-            mine, pieces = pieces[: len(lengths)], pieces[len(lengths) :]
-            text = " ".join(text for text, _ in mine if text)
-            judged = zip(lengths, mine, strict=True)  # all prose is a loop to zlib if long enough
-            flags = [hallucination(said, n / SAMPLE_RATE, end) for n, (said, end) in judged]
-            flag = "unreadable" if error else next(filter(None, flags), None)
-            yield {"line": line, "text": text, "flag": flag, "error": error}
+def transcribe(model, rows, audio, batch_size=64, **flags):
+    """[(transcript, hallucination's kind or None)] of files or waveforms (n_samples,) int16.
+
+    What is longer than the encoder's window is decoded in windows. flags: those of transformers'
+    generate. Raises InputError for a file that cannot be read.
+    """
+    waveforms = [load_audio(item) if isinstance(item, str | Path) else item for item in audio]
+    pieces = [split_at_pauses(waveform, rows.max_samples) for waveform in waveforms]
+    windows, results = list(chain.from_iterable(pieces)), []
+    for k in range(0, len(windows), batch_size):
+        results += transcribe_windows(model, rows, windows[k : k + batch_size], **flags)
+    results, transcripts = iter(results), []
+    for n_windows in map(len, pieces):
+        texts, kinds = zip(*islice(results, n_windows), strict=True)
+        transcripts.append((" ".join(filter(None, texts)), next(filter(None, kinds), None)))
+    return transcripts
 
 
-def read_records(paths):
-    """{line: record} of files of JSON lines, the last of which a kill may have torn."""
-    texts = [text for path in paths for text in path.read_bytes().split(b"\n")[:-1]]
-    return {record["line"]: record for record in map(json.loads, texts)}
+def score(pairs, metric, normalize):
+    """jiwer's output for (reference, hypothesis) pairs; in the CER characters are the words."""
 
+    def split(text):
+        words = NORMALIZERS[normalize](text).split()
+        return " ".join(words if metric == "wer" else "".join(words))  # spaces never count
 
-def write_whole(path, lines):
-    """A text file that appears whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    aside.replace(path)
-
-
-def report(utterances, records, args):
-    """(lines of results, lines of detail): rates and counts; flagged lines and alignments."""
-    flagged = [record for record in records if record["flag"]]
-    counts = Counter(record["flag"] for record in flagged)
-    results = ["flagged: " + (", ".join(f"{n} {flag}" for flag, n in counts.items()) or "none")]
-    details = [f"{args.data_path}:{r['line']}: {r['flag']}: {r['text']}" for r in flagged]
-    references = [utterances[i].get("txt") for i in range(len(records))]
-    scored = [i for i, reference in enumerate(references) if reference is not None]
-    if not scored:
-        return results, details
-    sides = [references[i] for i in scored], [records[i]["text"] for i in scored]
-    text, metric = "".join(sides[0]), args.metric
-    if args.normalize:
-        normalizer = EnglishTextNormalizer() if text.isascii() else BasicTextNormalizer()
-        sides = [list(map(normalizer, side)) for side in sides]
-    if metric == "auto":
-        metric = "cer" if 2 * len(re.findall(UNSPACED, text)) > len(text) else "wer"
-    space = " " if metric == "wer" else ""  # spaces never count in the CER
-    sides = [[space.join(line.split()) for line in side] for side in sides]
-    process = jiwer.process_words if metric == "wer" else jiwer.process_characters
-    every = process(*sides)
-    kept = [k for k, i in enumerate(scored) if not records[i]["flag"]]
-    rest = process(*([side[k] for k in kept] for side in sides))
-    n_errors = [every.substitutions, every.deletions, every.insertions]
-    rates = "/".join(f"{100 * getattr(output, metric):.2f}" for output in (every, rest))
-    counts = "{} in the references: {} substitutions, {} deletions, {} insertions".format(
-        every.hits + sum(n_errors[:2]), *n_errors
+    return jiwer.process_words(
+        *([split(text) for text in side] for side in zip(*pairs, strict=True))
     )
-    results.insert(0, f"{metric.upper()} {rates} % (all/not flagged), {counts}")
-    details.append(jiwer.visualize_alignment(every, show_measures=False, skip_correct=True))
-    return results, details
+
+
+def report(lines, records, metric="auto", normalize=None):
+    """Rates of all / of what is not flagged, counts of errors and of flags, as printed.
+
+    lines: dicts of a jsonl; those without "txt" are not scored. records: what was made of them.
+    """
+    counts = Counter(record["flag"] for record in records if record["flag"])
+    flags = "flagged: " + (", ".join(f"{n} {flag}" for flag, n in counts.items()) or "none")
+    pairs = [
+        (u["txt"], r["text"], r["flag"]) for u, r in zip(lines, records, strict=True) if "txt" in u
+    ]
+    if not pairs:
+        return flags
+    if metric == "auto":
+        text = "".join(reference for reference, _, _ in pairs)
+        metric = "cer" if 2 * len(re.findall(UNSPACED, text)) > len(text) else "wer"
+    total = score([pair[:2] for pair in pairs], metric, normalize)
+    unflagged = score([pair[:2] for pair in pairs if not pair[2]] or [("", "")], metric, normalize)
+    n_words = total.hits + total.substitutions + total.deletions
+    counts = f"{total.substitutions} substitutions, {total.deletions} deletions, {total.insertions}"
+    rates = f"{metric.upper()} {100 * total.wer:.2f}/{100 * unflagged.wer:.2f} % (all/not flagged)"
+    return f"{rates}, {n_words} in the references: {counts} insertions\n{flags}"
+
+
+def read_records(result):
+    """{index of an utterance: its record}, from the files that processes append to."""
+    records = {}
+    for path in result.parent.glob(f"{glob.escape(result.name)}.records-*"):
+        for line in path.read_text("utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError):  # a kill may have torn a line
+                record = json.loads(line)
+                records[record["index"]] = record
+    return records
+
+
+def check_arguments(model_args, args, search):
+    """Raises InputError for what would otherwise fail late, or not at all."""
+    result = Path(args.result_path)
+    if result.is_dir() or not result.parent.is_dir():
+        raise InputError(f"--result_path {result}: expected a file in a folder that exists")
+    if not model_args.projector_model_path:
+        raise InputError("--projector_model_path: expected a model.safetensors of train.py")
+    given = vars(args) | vars(search)
+    for name, least in LEAST.items():
+        if given[name] is not None and given[name] < least:
+            raise InputError(f"--{name} {given[name]}: expected {least} or more")
 
 
 def main():
-    model_args, args = parse_flags(ModelArguments, DecodingArguments)
-    utterances, result = Utterances(args.data_path, training=False), Path(args.result_path)
-    if not result.parent.is_dir():
-        raise InputError(f"--result_path {result}: make its folder first")
-    if not model_args.projector_model_path or args.batch_size < 1:
-        raise InputError("expected a --projector_model_path, and a --batch_size of 1 or more")
+    model_args, args, search = parse_flags(ModelArguments, DecodingArguments, SearchArguments)
+    check_arguments(model_args, args, search)
+    result, utterances = Path(args.result_path), Utterances(args.data_path, training=False)
+    seconds, size, done = utterances.seconds, args.batch_size, read_records(result)
+    if done and not args.resume:
+        raise InputError(f"{result}.records-*: a run was cut off; add --resume, or delete them")
     # Without a GPU, accelerate would let torchrun's processes each decode everything
     cpu = args.use_cpu or not torch.accelerator.is_available()
     state = PartialState(cpu, timeout=timedelta(days=30))  # ranks wait however long
-    dtype = args.dtype or ("float32" if state.device.type == "cpu" else "bfloat16")
-    model, rows = load_speech_llm(model_args, state.device, getattr(torch, dtype))
-    model.to(state.device).eval()
-    run = json.dumps([vars(model_args), vars(args), hashlib.sha256(utterances.data).hexdigest()])
-    partials = f"{result.name}.partial-{hashlib.sha256(run.encode()).hexdigest()[:8]}-"
-    done = read_records(result.parent.glob(glob.escape(partials) + "*"))
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    model, rows = load_speech_llm(model_args, state.device, dtype)
     state.wait_for_everyone()  # nobody writes before everybody has read
     # Longest first, and what needs several windows is a batch of its own
-    seconds, size = utterances.seconds, args.batch_size
-    todo = sorted(set(range(len(seconds))) - {line - 1 for line in done}, key=lambda i: -seconds[i])
-    batches = [[i] for i in todo if seconds[i] * SAMPLE_RATE > rows.window]
-    batches += [todo[k : k + size] for k in range(len(batches), len(todo), size)]
+    todo = sorted(set(range(len(utterances))) - set(done), key=lambda i: -seconds[i])
+    n_long = sum(seconds[i] * SAMPLE_RATE > rows.max_samples for i in todo)
+    batches = [[i] for i in todo[:n_long]]
+    batches += [todo[k : k + size] for k in range(n_long, len(todo), size)]
     batches = batches[state.process_index :: state.num_processes]
-    progress = tqdm(total=sum(map(len, batches)), unit="utt", disable=state.process_index > 0)
-    mine = result.parent / f"{partials}{state.process_index}-{len(done)}"  # new at each restart
-    with open(mine, "w", encoding="utf-8") as file:
-        for record in decode(model, rows, utterances, batches, args):
-            print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
-            progress.update()
+    options = {"num_workers": args.num_workers, "worker_init_fn": end_with_parent}
+    loader = DataLoader(utterances, batch_sampler=batches, collate_fn=list, **options)
+    progress = tqdm(total=sum(map(len, batches)), unit="utt", disable=not state.is_main_process)
+    with open(f"{result}.records-{state.process_index}", "a", encoding="utf-8") as file:
+        for batch, items in zip(batches, loader, strict=True):
+            waveforms = [item["waveform"] for item in items]
+            transcripts = transcribe(model, rows, waveforms, size, **vars(search))
+            for i, item, (text, flag) in zip(batch, items, transcripts, strict=True):
+                record = {"index": i, "text": text, "flag": flag, "error": item["error"]}
+                if item["error"]:
+                    record |= {"text": "", "flag": "unreadable"}
+                file.write("\n" + json.dumps(record, ensure_ascii=False))
+            file.flush()
+            progress.update(len(batch))
     progress.close()
     state.wait_for_everyone()
     if not state.is_main_process:
         return
-    records = read_records(result.parent.glob(glob.escape(partials) + "*"))
-    records = [records[i + 1] for i in range(len(utterances))]
-    results, details = report(utterances, records, args)
+    records = [record for _, record in sorted(read_records(result).items())]
+    lines = [utterances.parse(i) for i in range(len(records))]
     audio, wall = sum(seconds[i] for i in todo), progress.format_dict["elapsed"]
-    results.append(f"RTFx {audio / wall:.1f} ({audio:.1f} s of audio in {wall:.1f} s)")
-    write_whole(result, [record["text"] for record in records])
-    write_whole(Path(f"{result}.report"), [*results, run, *details])
-    print(*results, sep="\n")
-    for path in result.parent.glob(glob.escape(result.name) + ".partial-*"):
+    results = report(lines, records, args.metric, args.normalize)
+    results += f"\nRTFx {audio / wall:.1f} ({audio:.1f} s of audio in {wall:.1f} s)"
+    print(results)
+    places = [f"{args.data_path}:{i}" for i in range(1, len(records) + 1)]
+    flagged = [(place, r) for place, r in zip(places, records, strict=True) if r["flag"]]
+    details = [f"{place}: {r['flag']}: {r['text']}" for place, r in flagged]
+    details = [results, str(model_args), str(args), str(search), *details, ""]
+    Path(f"{result}.report").write_text("\n".join(details), "utf-8")
+    result.write_text("".join(record["text"] + "\n" for record in records), "utf-8")
+    for path in result.parent.glob(f"{glob.escape(result.name)}.records-*"):
         path.unlink()
-    errors = [f"{args.data_path}:{r['line']}: {r['error']}" for r in records if r["error"]]
-    if errors:
+    if errors := [f"{place}: {r['error']}" for place, r in flagged if r["error"]]:
         raise InputError("\n".join(["these lines are empty in the result:", *errors]))
 
 

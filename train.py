@@ -7,13 +7,13 @@ One GPU:   python train.py --llm_model_name_or_path Qwen2-1.5B-Instruct \\
 2 nodes:   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_id=west --rdzv_backend=c10d \\
                --rdzv_endpoint=HOST:29400 train.py ...        (the same line on each node)
 
-Besides the flags below, every flag of transformers.TrainingArguments works, but for its
---train_sampling_strategy group_by_length.
+It takes the flags of transformers.TrainingArguments too, but for those of UNSUPPORTED. The same
+command started again goes on from the newest complete checkpoint of --output_dir.
 """
 
+import contextlib
 import json
 import os
-import shutil
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -21,11 +21,18 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from dataset import InputError, Utterances, explain, parse_flags, training_set
-from model import ModelArguments, gathered, load_speech_llm
+from dataset import InputError, Utterances, parse_flags
+from model import ModelArguments, compile_layers, fetch_whole_layers, load_speech_llm
+
+UNSUPPORTED = (
+    "--label_smoothing_factor, --neftune_noise_alpha, --batch_eval_metrics and "
+    "--train_sampling_strategy batch_rebalance do not work with this model"
+)
 
 
 @dataclass(kw_only=True)
@@ -33,30 +40,71 @@ class TrainingArguments(transformers.TrainingArguments):
     data_path: str  # jsonl of {"wav": ..., "txt": ...}
     eval_data_path: str | None = None  # likewise, for the evaluation's loss and token accuracy
     model_max_length: int = 512  # of a row, in tokens and speech embeddings
-    compile: bool = torch.cuda.is_available()  # the LLM's layers, but not under DeepSpeed
-    evaluation_strategy: str | None = None  # these two are gone from transformers 5, not from
+    compile: bool = torch.cuda.is_available()  # the LLM's layers
+    evaluation_strategy: str | None = None  # these two are gone from transformers 5, but not from
     warmup_ratio: float | None = None  # its users' recipes
-    remove_unused_columns: bool = False  # "wav" and "txt" are no arguments of the model
+    remove_unused_columns: bool = False  # "wav" and "txt" are not arguments of the model
     ddp_find_unused_parameters: bool | None = False
+    logging_nan_inf_filter: bool = False  # would wait for the GPU at each step, and hide a NaN
 
     def __post_init__(self):
+        unsupported = self.label_smoothing_factor or self.neftune_noise_alpha
+        unsupported = unsupported or self.batch_eval_metrics
+        if unsupported or self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(UNSUPPORTED)
         # Without a GPU, transformers would let torchrun's processes each train alone
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.eval_strategy = self.evaluation_strategy or self.eval_strategy
         self.warmup_steps = self.warmup_steps or self.warmup_ratio or 0  # below 1: a ratio
         super().__post_init__()
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory
+        self._n_gpu = 1  # a process drives one GPU; without torchrun Trainer would drive them all
+
+
+class LengthSampler(LengthGroupedSampler):
+    """Its order depends on the seed and the epoch alone, so that a resumed run repeats it."""
+
+    def __init__(self, trainer):
+        self.args, self.trainer = trainer.args, trainer
+        n_grouped = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        super().__init__(n_grouped, lengths=trainer.train_dataset.seconds)
+
+    def __iter__(self):
+        epoch = int(self.trainer.state.epoch or 0)
+        self.generator = torch.Generator().manual_seed(self.args.seed + epoch)
+        return super().__iter__()
 
 
 class ProjectorTrainer(transformers.Trainer):
     """A Trainer whose checkpoints hold the projector and what resuming needs, nothing frozen."""
 
+    unreadable = frozenset()  # what was said of audio files that were skipped
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy == "group_by_length":
+            return LengthSampler(self)
+        return super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset):
+        return torch.utils.data.SequentialSampler(eval_dataset)
+
+    def _prepare_inputs(self, inputs):
+        for error in set(inputs.pop("errors")) - self.unreadable:
+            print(f"Warning: skipped {error}", file=sys.stderr)
+            self.unreadable |= {error}
+        return super()._prepare_inputs(inputs)
+
     def save_model(self, output_dir=None, _internal_call=False):
-        output_dir = output_dir or self.args.output_dir
-        with gathered(list(self.model.projector.parameters())):  # on every rank
+        output_dir, whole = output_dir or self.args.output_dir, contextlib.nullcontext()
+        if self.is_deepspeed_enabled:  # ZeRO-3 has partitioned the projector over all processes
+            import deepspeed
+
+            whole = deepspeed.zero.GatheredParameters(list(self.model.projector.parameters()))
+        with whole:
             tensors = {name: value.cpu().clone() for name, value in self.model.state_dict().items()}
         if self.args.should_save:
             os.makedirs(output_dir, exist_ok=True)
-            metadata = {"format": "pt", "west": json.dumps(self.model.settings)}
+            metadata = {"west": json.dumps(self.model.settings)}
             save_file(tensors, os.path.join(output_dir, "model.safetensors"), metadata)
         if self.args.push_to_hub and not _internal_call:  # the final model, with a model card
             self.push_to_hub(tags=["west", "automatic-speech-recognition"])
@@ -69,68 +117,74 @@ class ProjectorTrainer(transformers.Trainer):
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # before trainer_state.json, see newest_checkpoint
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Sums per utterance, so that token_metrics' averages do not depend on the batches."""
-        with torch.no_grad():
-            sums = model(**self._prepare_inputs(inputs))["token_sums"]
-        return None, sums, sums
+        self.accelerator.wait_for_everyone()  # so that trainer_state.json is the last of all
 
 
 def token_metrics(prediction):
+    """Per target token, whatever the batches were: predictions (utterances, 3) are token_sums."""
     loss, n_targets, n_right = prediction.predictions.sum(axis=0, dtype=float)
     return {"loss": loss / n_targets, "token_accuracy": n_right / n_targets}
 
 
-def newest_checkpoint(output_dir):
-    """The newest checkpoint-N that is complete, or None. One torn by a kill is put aside.
+def step_to_resume(checkpoint):
+    """The step of a checkpoint, or 0 if something that resuming needs is missing.
 
-    trainer_state.json is written last, when all ranks have written theirs: it must be whole.
+    trainer_state.json is written last; --save_only_model leaves out scheduler.pt.
     """
-    while os.path.isdir(output_dir) and (newest := get_last_checkpoint(output_dir)):
-        checkpoint = Path(newest)
-        try:
-            return json.loads((checkpoint / "trainer_state.json").read_text()) and newest
-        except (OSError, ValueError):
-            aside = checkpoint.with_name("incomplete-" + checkpoint.name)
-            print(f"Warning: {checkpoint} is incomplete, moved to {aside}", file=sys.stderr)
-            shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.rename(aside)
+    with contextlib.suppress(OSError, ValueError):
+        state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
+        return state["global_step"] if Path(checkpoint, "scheduler.pt").exists() else 0
+    return 0
+
+
+def checkpoint_to_resume(args):
+    """--resume_from_checkpoint, or the newest whole checkpoint of --output_dir, or "".
+
+    Raises InputError where not all processes can resume from it.
+    """
+    whole = filter(step_to_resume, Path(args.output_dir).glob("checkpoint-*"))
+    newest = max(whole, key=step_to_resume, default="")
+    checkpoint = str(args.resume_from_checkpoint or newest)
+    found = gather_object([(checkpoint, step_to_resume(checkpoint))])  # by each process
+    if len(set(found)) > 1 or (checkpoint and not step_to_resume(checkpoint)):
+        raise InputError(
+            f"{checkpoint or args.output_dir}: not all processes can resume from there. All nodes "
+            "need the same --output_dir; --save_only_model saves too little"
+        )
+    n_saved = len(list(Path(checkpoint).glob("rng_state*.pth"))) if checkpoint else args.world_size
+    if args.deepspeed and n_saved != args.world_size:
+        raise InputError(f"{checkpoint}: each of {n_saved} processes saved a part: start as many")
+    return checkpoint
 
 
 def main():
     model_args, args = parse_flags(ModelArguments, TrainingArguments)
-    args._n_gpu = 1  # a process drives one GPU; without torchrun Trainer would drive them all
-    paths = [path for path in (args.data_path, args.eval_data_path) if path]
-    sets = [Utterances(path, training=True) for path in paths]
     if args.deepspeed:
         import deepspeed  # takes seconds
 
         deepspeed.init_distributed()  # which Trainer does not do with --use_cpu
-    with args.main_process_first(local=args.save_on_each_node):
-        checkpoint = args.resume_from_checkpoint or newest_checkpoint(args.output_dir)
+    paths = [path for path in (args.data_path, args.eval_data_path) if path]
+    sets = [Utterances(path, training=True) for path in paths]
+    checkpoint, log = checkpoint_to_resume(args), PartialState().print  # on the first process
     if checkpoint:
         model_args.projector_model_path = os.path.join(checkpoint, "model.safetensors")
-        n = len(list(Path(checkpoint).glob("rng_state*.pth")))
-        if args.deepspeed and n != args.world_size:  # each has saved a part of the optimizer
-            raise InputError(f"{checkpoint}: start {n} processes, or give another --output_dir")
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model, rows = load_speech_llm(model_args, args.device, dtype, args.seed)
-    if args.compile and not args.deepspeed:
-        with explain("--compile: needs a C compiler and Python's headers; or add --compile False"):
-            torch.compile(torch.sin)(torch.ones(1, device=args.device))
-        model.compile()
-    kept = [training_set(utterances, rows, args.model_max_length) for utterances in sets]
-    trainer = ProjectorTrainer(model, args, rows.collate, *kept, compute_metrics=token_metrics)
-    if args.process_index == 0:
-        for path, utterances, subset in zip(paths, sets, kept, strict=True):
-            n_out = len(utterances) - len(subset)  # too long for the window or --model_max_length
-            print(f"{path}: {len(subset)} utterances; {n_out} are too long and left out")
-        print(f"{sum(p.numel() for p in model.projector.parameters())} parameters are trained")
-        print(f"Resuming from {checkpoint}" if checkpoint else "Starting from the first step")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    for utterances in sets:
+        n_out = utterances.leave_out_long(rows, args.model_max_length)
+        log(f"{utterances.path}: {len(utterances)} utterances; {n_out} are too long and left out")
+    log(f"{sum(p.numel() for p in model.projector.parameters())} parameters are trained")
+    log(f"Resuming from {checkpoint}" if checkpoint else "Starting from the first step")
+    if args.deepspeed:
+        fetch_whole_layers(model.llm)
+    if args.compile:
+        compile_layers(model.llm, recompute=args.gradient_checkpointing)
+        args.gradient_checkpointing = False
+    trainer = ProjectorTrainer(model, args, rows.collate, *sets, compute_metrics=token_metrics)
+    trainer.train(resume_from_checkpoint=checkpoint or None)
     trainer.save_model()
+    if unreadable := set(gather_object(list(trainer.unreadable))):
+        log(f"skipped audio files: {len(unreadable)}")
 
 
 if __name__ == "__main__":

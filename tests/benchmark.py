@@ -1,16 +1,18 @@
 """Measures train.py and recognize.py, through their command lines, on models of real sizes.
 
-    python tests/benchmark.py --llm qwen2-1.5b --whisper large     (one GPU)
-    python tests/benchmark.py --llm tiny --whisper tiny            (a CPU)
+    python tests/benchmark.py --llm qwen2-1.5b --whisper large     (one GPU: the whole table)
+    python tests/benchmark.py --llm tiny --whisper tiny            (a CPU: shows that it runs)
+    python tests/benchmark.py ... --seconds 12.3 --only "train, best flags"
     python tests/benchmark.py ... --gpus 2 --only train --extra "--deepspeed ds_config_zero3.json"
 
-Random weights (speed and memory do not depend on the values), a byte-level tokenizer, and synthetic
-16-bit wav files with AISHELL-like lengths (gamma, mean 4.7 s). Random LLMs never stop, so decoding
-is bounded by --max_new_tokens 50. Utterances per second are steady-state: without loading the
-models and without the first steps. "of matmul" is the floating-point rate of the necessary
-operations (encoder window, LLM forward and its backward to the activations, projector) over the
-rate of a plain 8192^3 bf16 matrix product measured in the same run. With --gpus all figures but the
-peak memory, which is one GPU's, are of all GPUs together.
+Random weights (speed and memory do not depend on the values), a byte-level tokenizer and noise, as
+16-bit wav and as Opus files, of the durations that speech has: a gamma distribution whose mean is
+--seconds (4.7 as AISHELL-1, 12.3 as LibriSpeech) with a tail up to 30 s. Random LLMs never stop, so
+decoding is bounded by --max_new_tokens 50. Utterances per second are steady-state: without loading
+the models and without the first steps. "of matmul" is the floating-point rate of the necessary
+operations (encoder over its window, LLM forward and its backward to the activations, projector)
+over the rate of a plain 8192^3 bf16 matrix product measured in the same run. With --gpus all
+figures but the peak memory, which is one GPU's, are of all GPUs together.
 """
 
 import argparse
@@ -23,7 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import cycle, islice
+from itertools import cycle, islice, product
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -42,29 +45,41 @@ USER_FLAGS = (
     "--per_device_train_batch_size 8 --gradient_accumulation_steps 8 --gradient_checkpointing "
     "--dataloader_num_workers 4 --dataloader_prefetch_factor 10"
 )
-FAST_FLAGS = (
+BEST_FLAGS = (
     "--per_device_train_batch_size 64 --dataloader_num_workers 8 --dataloader_prefetch_factor 4"
 )
-RUNS = {  # name: (script, flags, optimizer steps or utterances)
-    "train, the user's flags": ("train.py", USER_FLAGS, 16),
-    "train, the user's flags, not compiled": ("train.py", USER_FLAGS + " --compile False", 8),
-    "train, recommended flags": ("train.py", FAST_FLAGS, 24),
+TASKS = {  # name: (script, flags, optimizer steps or utterances)
+    "train, user's flags": ("train.py", USER_FLAGS, 10),
+    "train, best flags": ("train.py", BEST_FLAGS, 30),
+    "train, best flags, by length": (
+        "train.py",
+        f"{BEST_FLAGS} --train_sampling_strategy group_by_length",
+        30,
+    ),
     "decode, default flags": ("recognize.py", "", 384),
-    "decode, 5 beams": ("recognize.py", "--num_beams 5", 256),
-    "decode, recommended flags": ("recognize.py", "--batch_size 1024 --num_workers 8", 4096),
-    "decode, 5 beams, recommended flags": (
+    "decode, best flags": ("recognize.py", "--batch_size 1024 --num_workers 8", 3072),
+    "decode, 5 beams, best flags": (
         "recognize.py",
-        "--num_beams 5 --batch_size 256 --num_workers 8",
-        2048,
+        "--num_beams 5 --batch_size 512 --num_workers 8",
+        1536,
     ),
 }
 
 
-def build_world(folder, llm, whisper_name, device):
-    """Random models in their real formats and 2048 wav files; returns their durations."""
+def make_durations(mean):
+    """2048 durations in seconds, between 1 and 30."""
+    shape = 11 if mean < 8 else 5  # read sentences differ less in length than read books
+    return np.random.default_rng(0).gamma(shape, mean / shape, 2048).clip(1, 30)
+
+
+def build_world(folder, llm, whisper_name, durations, device):
+    """Random models in their real formats, projectors for both windows, 2048 files twice."""
     from conftest import make_tokenizer
+    from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
     from whisper.model import ModelDimensions, Whisper
+
+    from model import Projector
 
     family = "llama3" if llm.startswith("llama") else "qwen2"
     classes = {"llama3": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
@@ -81,11 +96,10 @@ def build_world(folder, llm, whisper_name, device):
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        dtype="bfloat16",
     )
     tokenizer.save_pretrained(folder / "llm")
     with torch.device(device):
-        model = classes[family][1](config).to(torch.bfloat16)
+        model = classes[family][1]._from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder / "llm")
     state, heads, layers = WHISPERS[whisper_name]
     dims = ModelDimensions(80, 1500, state, heads, layers, 64, 16, state, heads, 1)
@@ -93,16 +107,23 @@ def build_world(folder, llm, whisper_name, device):
         model = Whisper(dims).half()
     weights = {"dims": dataclasses.asdict(dims), "model_state_dict": model.state_dict()}
     torch.save(weights, folder / "whisper.pt")
-    del model
-    random = np.random.default_rng(0)
-    durations = random.gamma(11, 4.7 / 11, 2048).clip(1, 15)
-    with open(folder / "data.jsonl", "w") as file:
-        for i, seconds in enumerate(durations):
-            noise = random.integers(-3000, 3000, round(16000 * seconds), dtype=np.int16)
-            soundfile.write(folder / f"{i}.wav", noise, 16000)
-            text = "".join(random.choice(list("abcdefgh"), round(3 * seconds)))
-            file.write(json.dumps({"wav": f"{i}.wav", "txt": text}) + "\n")
-    return durations
+    for window in "full", "audio":
+        tensors = {f"projector.{k}": v for k, v in Projector(state, hidden).state_dict().items()}
+        settings = {"encoder_window": window, "llm_model_name_or_path": str(folder / "llm")}
+        save_file(tensors, folder / f"{window}.safetensors", {"west": json.dumps(settings)})
+
+    def write_audio(i):
+        random = np.random.default_rng(i)
+        noise = random.integers(-3000, 3000, round(16000 * durations[i]), dtype=np.int16)
+        soundfile.write(folder / f"{i}.wav", noise, 16000)
+        soundfile.write(folder / f"{i}.opus", noise, 16000, format="OGG", subtype="OPUS")
+        return "".join(random.choice(list("abcdefgh"), round(3 * durations[i])))
+
+    with ThreadPool() as pool:
+        texts = pool.map(write_audio, range(len(durations)))
+    for kind in "wav", "opus":
+        lines = [{"wav": f"{i}.{kind}", "txt": text} for i, text in enumerate(texts)]
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
 
 
 def child(script, arguments):
@@ -115,28 +136,28 @@ def child(script, arguments):
         print(f"PEAK {torch.cuda.max_memory_allocated() / 1e9:.1f} GB", flush=True)
 
 
-def measure(folder, script, flags, amount, durations, gpus):
-    """(utterances per second, audio seconds per second, peak memory) of one command."""
+def measure(folder, script, flags, amount, window, kind, gpus):
+    """(utterances per second, peak memory) of one command."""
     command = [sys.executable]
     if gpus > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     command += [__file__, "--child", script, "--llm_model_name_or_path"]
     command += [str(folder / "llm"), "--whisper_model_name_or_path", str(folder / "whisper.pt")]
-    projector = folder / "out" / "model.safetensors"
-    output = folder / "out" if not projector.exists() else Path(tempfile.mkdtemp(dir=folder))
+    output = tempfile.mkdtemp(dir=folder)
     if script == "train.py":
-        command += ["--data_path", str(folder / "data.jsonl"), "--output_dir", str(output)]
+        command += ["--data_path", str(folder / f"{kind}.jsonl"), "--output_dir", output]
         command += ["--max_steps", str(amount), "--logging_steps", "1", "--report_to", "none"]
-        command += ["--save_strategy", "no", "--learning_rate", "3e-4"]
+        command += ["--save_strategy", "no", "--learning_rate", "3e-4", "--encoder_window", window]
         command += ["--bf16"] if torch.cuda.is_available() else []
     else:
-        lines = (folder / "data.jsonl").read_text().splitlines(keepends=True)
-        (folder / "test.jsonl").write_text("".join(islice(cycle(lines), amount)))
-        command += ["--data_path", str(folder / "test.jsonl"), "--max_new_tokens", "50"]
-        command += ["--projector_model_path", str(projector)]
-        command += ["--result_path", str(folder / "result.txt")]
+        lines = (folder / f"{kind}.jsonl").read_text().splitlines(keepends=True)
+        test = folder / f"{Path(output).name}.jsonl"
+        test.write_text("".join(islice(cycle(lines), amount)))
+        command += ["--data_path", str(test), "--max_new_tokens", "50"]
+        command += ["--projector_model_path", str(folder / f"{window}.safetensors")]
+        command += ["--encoder_window", window, "--result_path", f"{output}/result.txt"]
     command += flags.split()
-    times, peak, rtfx, log = [], "-", None, []
+    times, peak, wall, log = [], "-", None, []
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
     )
@@ -146,19 +167,18 @@ def measure(folder, script, flags, amount, durations, gpus):
             times.append(time.perf_counter())
         if match := re.search(r"PEAK (.*)", line):
             peak = match[1]
-        if match := re.search(r"RTFx ([\d.]+) \(([\d.]+) s of audio in ([\d.]+) s", line):
-            rtfx = float(match[1]), float(match[3])
+        if match := re.search(r"RTFx [\d.]+ \([\d.]+ s of audio in ([\d.]+) s", line):
+            wall = float(match[1])
     if process.wait():
         print("".join(log[-30:]), file=sys.stderr)
         raise SystemExit(f"failed: {' '.join(command)}")
     if script == "recognize.py":
-        return amount / rtfx[1], rtfx[0], peak
-    batch = re.search(r"per_device_train_batch_size (\d+)", flags)[1]
+        return amount / wall, peak
+    batch = re.findall(r"per_device_train_batch_size (\d+)", flags)[-1]
     accumulation = re.findall(r"gradient_accumulation_steps (\d+)", flags)  # the last one counts
     batch = gpus * int(batch) * int([1, *accumulation][-1])
-    skip = max(1, len(times) // 4)  # warming up
-    rate = batch * (len(times) - 1 - skip) / (times[-1] - times[skip])
-    return rate, rate * durations.mean(), peak
+    skip = max(1, len(times) // 3)  # warming up
+    return batch * (len(times) - 1 - skip) / (times[-1] - times[skip]), peak
 
 
 def matmul_rate(device):
@@ -177,12 +197,14 @@ def matmul_rate(device):
     return 10 * 2 * size**3 / (time.perf_counter() - start)
 
 
-def necessary_flops(llm, whisper_name, durations, training):
-    """Floating-point operations an utterance cannot do without."""
+def necessary_flops(llm, whisper_name, durations, training, window="full"):
+    """Floating-point operations an utterance cannot do without, on average."""
     state, _, layers = WHISPERS[whisper_name]
-    encoder = layers * (24 * state**2 * 1500 + 4 * 1500**2 * state) + 6 * 3000 * state * (
-        80 + state / 2
-    )
+    n = np.full(len(durations), 1500.0)  # encoder states
+    if window == "audio":
+        n = np.ceil(durations / 2).clip(max=15) * 100
+    encoder = layers * (24 * state**2 * n + 4 * n**2 * state).mean()
+    encoder += 6 * 3000 * state * (80 + state / 2)  # convolutions
     hidden, layers, heads, kv_heads, intermediate, vocabulary, _ = LLMS[llm]
     kv = 2 * hidden * kv_heads / heads
     per_place = 2 * layers * (2 * hidden**2 + hidden * kv + 3 * hidden * intermediate)
@@ -203,42 +225,45 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--llm", choices=LLMS, default="qwen2-1.5b")
     parser.add_argument("--whisper", choices=WHISPERS, default="large")
+    parser.add_argument("--seconds", type=float, default=4.7, help="mean duration")
     parser.add_argument("--gpus", type=int, default=1, help="processes, started by torchrun")
     parser.add_argument("--only", default="", help="only runs whose name has this in it")
     parser.add_argument("--extra", default="", help="more flags for every run")
+    parser.add_argument("--world", help="a folder to keep models and audio in, for the next run")
     args = parser.parse_args()
     os.chdir(Path(__file__).parent.parent)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = Path(tempfile.mkdtemp())
-    durations = build_world(folder, args.llm, args.whisper, device)
-    torch.cuda.empty_cache()
+    folder, durations = Path(args.world or tempfile.mkdtemp()), make_durations(args.seconds)
+    if not (folder / "opus.jsonl").exists():
+        folder.mkdir(exist_ok=True)
+        build_world(folder, args.llm, args.whisper, durations, device)
+        torch.cuda.empty_cache()
     peak_rate = matmul_rate(device)
-    print(f"{args.llm}, Whisper {args.whisper}, matmul {peak_rate / 1e12:.2f} TFLOP/s", flush=True)
-    for name, (script, flags, amount) in RUNS.items():
-        if args.only and args.only not in name and name != next(iter(RUNS)):
+    card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(f"{args.llm}, Whisper {args.whisper}, mean {durations.mean():.1f} s, {card}, ", end="")
+    print(f"matmul {peak_rate / 1e12:.2f} TFLOP/s", flush=True)
+    for (task, (script, flags, amount)), window, kind in product(
+        TASKS.items(), ("full", "audio"), ("wav", "opus")
+    ):
+        name = f"{task}, {window} window, {kind}"
+        if args.only not in name:
             continue
         flags = f"{flags} {args.extra}"
         if device == "cpu" and script == "train.py":  # enough to see that it runs
-            amount, flags = 4, flags + " --gradient_accumulation_steps 1"
+            small = " --gradient_accumulation_steps 1 --per_device_train_batch_size 4"
+            amount, flags = 4, flags + small
         elif device == "cpu":
             amount = 24
         start = time.perf_counter()
-        utterances, rtfx, peak = measure(folder, script, flags, amount, durations, args.gpus)
+        utterances, peak = measure(folder, script, flags, amount, window, kind, args.gpus)
         whole = time.perf_counter() - start
-        flops = necessary_flops(args.llm, args.whisper, durations, script == "train.py")
+        flops = necessary_flops(args.llm, args.whisper, durations, script == "train.py", window)
         share = 100 * utterances * flops / peak_rate / args.gpus
         print(
-            f"{name:38} {utterances:7.1f} utt/s  RTFx {rtfx:7.1f}  peak {peak:>9}  "
-            f"{share:4.1f} % of matmul  ({whole:.0f} s in all)",
+            f"{name:50} {utterances:7.1f} utt/s  RTFx {utterances * durations.mean():7.0f}  "
+            f"peak {peak:>8}  {share:4.1f} % of matmul  ({whole:.0f} s in all)",
             flush=True,
         )
-    from dataset import Utterances, load_audio
-
-    utterances = Utterances(str(folder / "data.jsonl"), training=True)
-    start = time.perf_counter()
-    for i in range(256):
-        load_audio(utterances[i]["wav"])
-    print(f"data loading {(time.perf_counter() - start) / 256 * 1e3:.2f} ms an utterance, a worker")
 
 
 if __name__ == "__main__":

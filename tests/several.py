@@ -1,34 +1,122 @@
-"""Trains several times in one torchrun: torchrun ... tests/several.py runs.json
+"""Trains several times in one torchrun, because imports take longer than a tiny training.
 
-runs.json lists runs {"flags": those of train.py, "log": a path, "processes": how many of torchrun's
-take part, "kill_when": a path or null, "kill_after": seconds}. Each run is a fork of a worker that
-has done its imports, which take longer than a tiny training; the fork runs train.py as __main__, in
-a rendezvous of its own. All of a run's processes are killed by SIGKILL kill_after seconds after
-kill_when exists, or once one of them has failed. What rank r writes goes to log.r, its exit status,
-below 0 for a signal, to log.r.status, the model's parameters before training to log.r.pt.
+`Runs` is for the tests: it collects runs, and does them by torchrun ... tests/several.py runs.json.
+A run is {"flags": those of train.py, "log": a path, "processes": how many (0: without torchrun's
+environment), "workers": which of torchrun's workers take part, "kill_when": a path or null,
+"kill_after": seconds}.
+
+A worker does its runs one after the other, each in a fork that runs train.py as __main__, in a
+rendezvous of the run's own. All of a run's processes are killed by SIGKILL kill_after seconds after
+kill_when exists, or PATIENCE after one of them has failed. Rank r writes its stdout to log.r, its
+stderr to log.r.err; its exit status, below 0 for a signal, is in log.r.status, the model's
+parameters before training are in log.r.pt, and log.r.graphs says how many graphs were compiled.
 """
 
+import gc
 import json
+import math
 import os
 import runpy
 import signal
 import sys
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
-import deepspeed
 import torch
+from conftest import ROOT, torchrun
+from conftest import run as run_command
 from torch.distributed import TCPStore
 from transformers import Trainer
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import train  # noqa: E402, F401  (so that the forks need not import what it imports)
+N_WORKERS = 2
+PATIENCE = 10  # seconds in which a process must have seen that another one has failed
+TORCHRUN = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"]
 
-# DeepSpeed would spend two minutes on compiling an all-reduce through shared memory that only its
-# inference uses, and has no environment variable or setting to decline
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+def as_flags(**values):
+    return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+
+
+def partition_everything():
+    """ds_config_zero3.json as a text, but with sizes for which no parameter is too small."""
+    config = json.loads((ROOT / "ds_config_zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    config["zero_optimization"]["stage3_prefetch_bucket_size"] = 10_000
+    return json.dumps(config)
+
+
+PARTITIONED = ["--deepspeed", partition_everything()]
+
+
+class Runs:
+    """A folder of trainings, whose flags begin with those that they share."""
+
+    def __init__(self, folder, shared_flags):
+        self.folder, self.list, self.outputs = folder, [], []
+        self.shared_flags = [*shared_flags, "--use_cpu", *as_flags(report_to="none")]
+
+    def add(self, name, processes, flags, out=None, kill_when=None, kill_after=0):
+        """Adds a run with --output_dir out, a folder named like the run if not given."""
+        out = out or name
+        if out not in self.outputs:
+            self.outputs.append(out)
+        worker = self.outputs.index(out) % N_WORKERS
+        output_dir = as_flags(output_dir=self.folder / out)
+        self.list.append(
+            {
+                "flags": [str(flag) for flag in (*self.shared_flags, *output_dir, *flags)],
+                "log": str(self.folder / name),
+                "processes": processes,
+                "workers": list(range(N_WORKERS)) if processes == N_WORKERS else [worker],
+                "kill_when": kill_when and str(self.folder / out / kill_when),
+                "kill_after": kill_after,
+            }
+        )
+
+    def file(self):
+        """Writes the runs collected to a file, and returns its path."""
+        path = self.folder / f"runs-{len(list(self.folder.glob('runs-*')))}.json"
+        path.write_text(json.dumps(self.list))
+        self.list = []
+        return path
+
+    def do(self):
+        run_command(*torchrun(N_WORKERS), "tests/several.py", self.file(), timeout=600)
+
+    def stdout(self, name, rank=0):
+        return Path(f"{self.folder / name}.{rank}").read_text()
+
+    def stderr(self, name, rank=0):
+        return Path(f"{self.folder / name}.{rank}.err").read_text()
+
+    def statuses(self, name):
+        return [int(path.read_text()) for path in sorted(self.folder.glob(f"{name}.*.status"))]
+
+    def started_from(self, name, rank=0):
+        """{"shapes": of all parameters, "projector": its tensors} before training."""
+        return torch.load(f"{self.folder / name}.{rank}.pt")
+
+    def n_graphs(self, name, rank=0):
+        """How many graphs torch.compile has compiled in a run that has ended well."""
+        return int(Path(f"{self.folder / name}.{rank}.graphs").read_text())
+
+    def log_of(self, out, key):
+        """{step: value} of what the newest checkpoint of a folder logged under a key."""
+        return log_of(self.folder / out, key)
+
+    def projector(self, out):
+        """The file that training leaves at its end."""
+        return self.folder / out / "model.safetensors"
+
+
+def log_of(output_dir, key):
+    """{step: value} of what the newest checkpoint of output_dir logged under a key."""
+    checkpoints = Path(output_dir).glob("checkpoint-*")
+    newest = max(checkpoints, key=lambda path: int(path.name.split("-")[1]))
+    log = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry[key] for entry in log if key in entry}
 
 
 def note_parameters(trainer_train, path):
@@ -49,17 +137,21 @@ def start(run, log, port):
     """The id of a process that runs train.py."""
     if child := os.fork():
         return child
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ["MASTER_PORT"] = str(port)
+    for path, stream in (log, 1), (f"{log}.err", 2):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
+    if run["processes"] == 0:
+        for name in TORCHRUN:
+            del os.environ[name]
     if run["processes"] == 1:
-        os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = "1"
+        os.environ.update(dict(zip(TORCHRUN, "0011", strict=False)))
+    os.environ["MASTER_PORT"] = str(port)
     Trainer.train = note_parameters(Trainer.train, f"{log}.pt")
     sys.argv = ["train.py", *run["flags"]]
     status = 1
     try:
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        Path(f"{log}.graphs").write_text(str(graphs))
         status = 0
     except SystemExit as end:  # as Python itself ends a script by these two
         print(end, file=sys.stderr)
@@ -72,31 +164,50 @@ def start(run, log, port):
 
 
 def watch(child, run, log):
-    """Exit status of a child that is killed when its time has come."""
+    """Waits for a child, which is killed when its time has come, and writes its exit status."""
     others = [Path(f"{run['log']}.{rank}.status") for rank in range(run["processes"])]
-    kill_at = None
+    kill_at = math.inf
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        failed = any(path.exists() and path.read_text() not in ("", "0") for path in others)
-        if kill_at is None and run["kill_when"] and os.path.exists(run["kill_when"]):
-            kill_at = time.monotonic() + run["kill_after"]
-        if failed or (kill_at and time.monotonic() >= kill_at):
+        now = time.monotonic()
+        if run["kill_when"] and os.path.exists(run["kill_when"]):
+            kill_at = min(kill_at, now + run["kill_after"])
+        if any(path.exists() and path.read_text() not in ("", "0") for path in others):
+            kill_at = min(kill_at, now + PATIENCE)
+        if now >= kill_at:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.001)
     Path(f"{log}.status").write_text(str(os.waitstatus_to_exitcode(ended[1])))
 
 
+def import_all():
+    """Imports what the forks would each have to import."""
+    import deepspeed
+    import torch._inductor.compile_fx  # noqa: F401  (which DeepSpeed and --compile import)
+
+    import train  # noqa: F401
+
+    # DeepSpeed would spend two minutes on compiling an all-reduce through shared memory that only
+    # its inference uses, and has no environment variable or setting to decline
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    gc.freeze()  # Trainer's gc.collect() would look at all this in each fork
+
+
 def main():
-    rank = int(os.environ["RANK"])
-    agents = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    import_all()
+    worker, n_workers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agents, stores = TCPStore(*address, is_master=False, timeout=timedelta(minutes=10)), []
     for i, run in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-        log = f"{run['log']}.{rank}"
+        if worker not in run["workers"]:
+            continue
+        rank = run["workers"].index(worker)
         if rank == 0:
-            store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
-            agents.set(f"port of run {i}", str(store.port))
-        if rank < run["processes"]:
-            watch(start(run, log, int(agents.get(f"port of run {i}"))), run, log)
-        agents.set(f"rank {rank} has done run {i}", "")
-        agents.wait([f"rank {r} has done run {i}" for r in range(int(os.environ["WORLD_SIZE"]))])
+            stores.append(TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False))
+            agents.set(f"port of run {i}", str(stores[-1].port))
+        log = f"{run['log']}.{rank}"
+        watch(start(run, log, int(agents.get(f"port of run {i}"))), run, log)
+    agents.set(f"worker {worker} is done", "")
+    agents.wait([f"worker {other} is done" for other in range(n_workers)])
 
 
 if __name__ == "__main__":

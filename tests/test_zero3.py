@@ -11,127 +11,101 @@ import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
-from conftest import ROOT, free_endpoint, make_jsonl, make_llm, make_whisper, run, torchrun
+from conftest import ROOT, free_endpoint, make_jsonl, make_llm, make_whisper
 from safetensors import safe_open
 from safetensors.torch import load_file
+from several import PARTITIONED, Runs, as_flags
 
 import train
 
-
-def as_flags(**values):
-    return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
-
-
-ZERO3 = ["--deepspeed", "ds_config_zero3.json"]
+ZERO3 = ["--deepspeed", ROOT / "ds_config_zero3.json"]
 BF16 = ["--bf16"]
-RECIPE = {
-    "learning_rate": 3e-3,
-    "lr_scheduler_type": "cosine",
-    "warmup_ratio": 0.2,
-    "adam_beta1": 0.8,
-    "adam_beta2": 0.95,
-    "weight_decay": 0.02,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 2,
-    "max_steps": 10,
-    "save_steps": 2,
-}
-# 9 utterances: an epoch has 3 steps for 2 processes, 5 for 1, and its last step is a shorter one
-SETUPS = {  # name: processes, flags
-    "plain-fp32": (1, ["--dataloader_num_workers", "1", "--dataloader_prefetch_factor", "4"]),
-    "ddp-bf16": (2, BF16),
-    "zero3-fp32": (2, [*ZERO3, "--save_total_limit", "2"]),
-    "zero3-bf16": (2, [*ZERO3, *BF16]),
+AUDIO = ["--encoder_window", "audio"]
+GROUPED = ["--train_sampling_strategy", "group_by_length", *as_flags(eval_strategy="steps")]
+GROUPED += as_flags(eval_steps=5)
+# 17 utterances by 2 at once: an epoch has 5 steps, and its last step is a shorter one
+STEPS = 12
+RECIPE = as_flags(
+    learning_rate=3e-3,
+    lr_scheduler_type="cosine",
+    warmup_ratio=0.2,
+    adam_beta1=0.8,
+    adam_beta2=0.95,
+    weight_decay=0.02,
+    gradient_accumulation_steps=2,
+    max_steps=STEPS,
+    save_steps=2,
+)
+SETUPS = {  # name: processes (0: without torchrun), flags
+    "plain-fp32": (0, ["--dataloader_num_workers", "1", "--dataloader_prefetch_factor", "4"]),
+    "grouped": (0, GROUPED),
     "zero3-one-process": (1, ZERO3),
+    "ddp-bf16": (2, [*BF16, *AUDIO]),
+    "ddp-grouped": (2, GROUPED),
+    "zero3-fp32": (2, [*ZERO3, "--save_total_limit", "2"]),
+    "zero3-bf16": (2, [*PARTITIONED, *BF16, *AUDIO]),
 }
 FAMILIES = [("qwen2", True), ("qwen2", False), ("llama3", True), ("llama3", False)]  # tied or not
 ALL_WAYS = [("qwen2", True), ("llama3", False)]  # the others save time, without half of the ways
-
-
-class Runs:
-    """A folder of models, data and trainings; collects runs, then does them in one torchrun."""
-
-    def __init__(self, folder, n_utterances=9):
-        self.folder, self.list = folder, []
-        self.whisper = make_whisper(folder / "whisper.pt")
-        self.data = make_jsonl(folder, [0.2 * (1 + i % 8) for i in range(n_utterances)])
-        self.llm = make_llm(folder / "llm")
-
-    def add(self, name, out, processes, flags, llm=None, kill_when=None, kill_after=0):
-        models = ["--llm_model_name_or_path", llm or self.llm]
-        models += ["--whisper_model_name_or_path", self.whisper]
-        files = ["--data_path", self.data, "--output_dir", str(self.folder / out)]
-        files += ["--use_cpu", "--report_to", "none", "--logging_steps", "1"]
-        self.list.append(
-            {
-                "flags": [*models, *files, *flags],
-                "log": str(self.folder / name),
-                "processes": processes,
-                "kill_when": kill_when and str(self.folder / out / kill_when),
-                "kill_after": kill_after,
-            }
-        )
-
-    def file(self):
-        path = self.folder / f"runs-{len(self.list)}.json"
-        path.write_text(json.dumps(self.list))
-        self.list = []
-        return path
-
-    def do(self):
-        run(*torchrun(2), "tests/several.py", self.file())
-        return self
-
-    def log(self, name, rank=0):
-        return (self.folder / f"{name}.{rank}").read_text()
-
-    def statuses(self, name):
-        return [int(path.read_text()) for path in sorted(self.folder.glob(f"{name}.*.status"))]
-
-    def started_from(self, name, rank=0):
-        return torch.load(self.folder / f"{name}.{rank}.pt")
-
-    def history(self, out, step=10):
-        state = self.folder / out / f"checkpoint-{step}" / "trainer_state.json"
-        return [entry for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
 
 
 def same_tensors(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+def recipe(name):
+    """Processes and flags of a setup, whose processes take 2 utterances at once."""
+    processes, flags = SETUPS[name]
+    batch = as_flags(per_device_train_batch_size=2 // max(processes, 1))
+    return processes, [*RECIPE, *batch, *flags]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Of each setup an uninterrupted run, and one killed while it saves, killed again, resumed."""
-    runs = Runs(tmp_path_factory.mktemp("runs"))
-    for name, (processes, flags) in SETUPS.items():
-        flags, killed = [*as_flags(**RECIPE), *flags], f"{name}-killed"
-        runs.add(name, name, processes, flags)
-        runs.add(f"{killed}-1", killed, processes, flags, kill_when="checkpoint-4")
-        delay = random.uniform(0, 0.1)
-        runs.add(
-            f"{killed}-2", killed, processes, flags, kill_when="checkpoint-6", kill_after=delay
-        )
-        runs.add(f"{killed}-3", killed, processes, flags)
-    return runs.do()
+    """Of each setup an uninterrupted run, and one that is killed twice while it saves and resumed.
+
+    The second kill is at the 8th step, in the middle of the second epoch.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    models = as_flags(
+        llm_model_name_or_path=make_llm(folder / "llm"),
+        whisper_model_name_or_path=make_whisper(folder / "whisper.pt", n_audio_ctx=200),
+    )
+    data = as_flags(
+        data_path=make_jsonl(folder, [0.2 * (1 + i % 8) + i % 3 for i in range(17)]),
+        eval_data_path=make_jsonl(folder, [0.3, 2.5, 1.1], name="eval.jsonl", seed=1),
+    )
+    runs = Runs(folder, [*models, *data, *as_flags(logging_steps=1)])
+    for name in SETUPS:
+        killed = f"{name}-killed"
+        runs.add(name, *recipe(name))
+        delay = random.uniform(0, 0.03)
+        runs.add(f"{killed}-1", *recipe(name), killed, kill_when="checkpoint-4", kill_after=delay)
+        runs.add(f"{killed}-2", *recipe(name), killed, kill_when="checkpoint-8")
+        runs.add(f"{killed}-3", *recipe(name), killed)
+    add_runs_that_save_only_the_model(runs)
+    add_runs_with_corrupt_files(runs)
+    runs.do()
+    return runs
 
 
 def test_flags_win(runs):
     """Under DeepSpeed the optimizer, betas, weight decay, schedule and warm-up are the flags'."""
 
-    def cosine(step):  # of 10, 2 of them warm-up
-        return step / 2 if step < 2 else (1 + math.cos(math.pi * (step - 2) / 8)) / 2
+    def cosine(step):  # of 12, 3 of them warm-up
+        return step / 3 if step < 3 else (1 + math.cos(math.pi * (step - 3) / 9)) / 2
 
     for name in "zero3-fp32", "zero3-bf16", "zero3-one-process", "ddp-bf16":
-        rates = [entry["learning_rate"] for entry in runs.history(name)]
+        rates = list(runs.log_of(name, "learning_rate").values())
         # what is logged at step n is the rate that step n has used
-        assert rates == pytest.approx([3e-3 * cosine(step) for step in range(10)])
-    path = next(
-        (runs.folder / "zero3-fp32" / "checkpoint-10").glob("global_step10/*_optim_states.pt")
-    )
+        assert rates == pytest.approx([3e-3 * cosine(step) for step in range(STEPS)])
+    [path, _] = runs.folder.glob(f"zero3-fp32/checkpoint-{STEPS}/*/*_optim_states.pt")
     state = torch.load(path, weights_only=False)["optimizer_state_dict"]
     groups = state["optimizer_state_dict"]["param_groups"]
     assert [group["betas"] for group in groups] == [(0.8, 0.95)] * len(groups)
@@ -153,28 +127,29 @@ def test_the_same_initial_projector(runs):
     """The seed alone gives the first weights: no engine, dtype, rank or number of processes."""
     first = runs.started_from("plain-fp32")["projector"]
     for name, (processes, _) in SETUPS.items():
-        for rank in range(processes):
+        for rank in range(processes or 1):
             assert same_tensors(first, runs.started_from(name, rank)["projector"])
 
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_a_checkpoint_is_the_projector_and_little_else(runs, name):
     """Whole projector.* tensors that say what built them, and at most 6 times their size in all."""
-    checkpoint = runs.folder / name / "checkpoint-10"
+    checkpoint = runs.folder / name / f"checkpoint-{STEPS}"
     tensors = load_file(checkpoint / "model.safetensors")
     whole = runs.started_from("plain-fp32")["projector"]
     assert {key: value.shape for key, value in tensors.items()} == {
         f"projector.{key}": value.shape for key, value in whole.items()
     }
     settings = json.loads(safe_open(checkpoint / "model.safetensors", "pt").metadata()["west"])
-    assert settings["llm_model_name_or_path"] == runs.llm
+    assert settings["llm_model_name_or_path"] == str(runs.folder / "llm")
     assert settings["projector_hidden_dim"] == 2048
-    assert same_tensors(tensors, load_file(runs.folder / name / "model.safetensors"))
+    assert settings["encoder_window"] == ("audio" if "audio" in SETUPS[name][1] else "full")
+    assert same_tensors(tensors, load_file(runs.projector(name)))
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     fp32 = 4 * sum(value.numel() for value in whole.values())
     print(f"{name}: {size} bytes, {size / fp32:.2f} times the projector's {fp32}")
     assert size <= 6 * fp32
-    for path in checkpoint.glob("global_step10/*_model_states.pt"):
+    for path in checkpoint.glob(f"global_step{STEPS}/*_model_states.pt"):
         state = torch.load(path, weights_only=False)
         assert all(key.startswith("projector.") for key in state["module"])
         assert not state["frozen_param_shapes"] and not state["frozen_param_fragments"]
@@ -184,118 +159,271 @@ def test_save_total_limit(runs):
     """Of the checkpoints only the newest --save_total_limit stay, killed in between or not."""
     for out in "zero3-fp32", "zero3-fp32-killed":
         names = sorted(path.name for path in (runs.folder / out).glob("checkpoint-*"))
-        assert names == ["checkpoint-10", "checkpoint-8"]
+        assert names == ["checkpoint-10", "checkpoint-12"]
+
+
+def resumed_at(runs, name):
+    """The step that a run says it resumes from, or 0."""
+    stdout = runs.stdout(name)
+    if "Starting from the first step" in stdout:
+        return 0
+    return int(stdout.partition("Resuming from ")[2].split()[0].rpartition("checkpoint-")[2])
 
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_a_killed_run_resumes_exactly(runs, name):
-    """Losses and weights are an uninterrupted run's, bit for bit, wherever kill -9 has struck."""
-    processes = SETUPS[name][0]
-    killed = f"{name}-killed"
+    """Losses, evaluations and weights are an uninterrupted run's, bit for bit, though kill -9 has
+    struck in the first epoch and in the middle of the second."""
+    processes, killed = SETUPS[name][0] or 1, f"{name}-killed"
     assert -9 in runs.statuses(f"{killed}-1") and -9 in runs.statuses(f"{killed}-2")
     assert runs.statuses(name) == runs.statuses(f"{killed}-3") == [0] * processes
-    assert "Resuming from" in runs.log(f"{killed}-2") and "Resuming" in runs.log(f"{killed}-3")
-    assert len(runs.history(name)) == 10
-    assert runs.history(killed) == runs.history(name)
-    weights = load_file(runs.folder / name / "model.safetensors")
-    assert same_tensors(load_file(runs.folder / killed / "model.safetensors"), weights)
-    assert not same_tensors(weights, runs.started_from(name)["projector"])
+    assert resumed_at(runs, f"{killed}-2") in (2, 4, 6)
+    assert resumed_at(runs, f"{killed}-3") in (6, 8)  # an epoch has 5 steps
+    assert len(runs.log_of(name, "loss")) == STEPS
+    for key in ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_token_accuracy"):
+        assert runs.log_of(killed, key) == runs.log_of(name, key), key
+    assert len(runs.log_of(name, "eval_loss")) == (3 if "grouped" in name else 0)
+    weights = load_file(runs.projector(name))
+    assert same_tensors(load_file(runs.projector(killed)), weights)
+    initial = runs.started_from(name)["projector"]
+    assert not torch.equal(weights["projector.linear2.weight"], initial["linear2.weight"])
 
 
-def test_a_checkpoint_torn_by_a_kill_is_put_aside(runs):
-    """What kill -9 leaves of a checkpoint that has just appeared is put aside at the next start."""
-    torn = list(runs.folder.glob("*/incomplete-checkpoint-*"))
-    assert torn
-    logs = [runs.log(f"{name}-killed-{i}") for name in SETUPS for i in (2, 3)]
-    for path in torn:
-        warning = f"{path.parent / path.name.removeprefix('incomplete-')} is incomplete, moved"
-        assert sum(warning in log for log in logs) >= 1
+def test_grouping_gives_other_batches(runs):
+    """--train_sampling_strategy group_by_length trains by other batches than the random order."""
+    for grouped, at_random in ("grouped", "plain-fp32"), ("ddp-grouped", "zero3-fp32"):
+        losses = runs.log_of(at_random, "loss")
+        assert runs.log_of(grouped, "loss") != pytest.approx(losses, rel=1e-2)
 
 
-def test_every_torn_trainer_state_is_recognised(runs, tmp_path, capsys):
-    """A trainer_state.json that is cut or missing means torn, and an older checkpoint serves."""
+def test_a_torn_checkpoint_is_ignored(runs):
+    """A run that was killed when checkpoint-8 had just appeared resumes from the older, whole one,
+    and does not move the torn one."""
+    logs = {name: resumed_at(runs, f"{name}-killed-3") for name in SETUPS}
+    assert 6 in logs.values()  # a kill so early leaves checkpoint-8 whole only by chance
+    assert not list(runs.folder.glob("*/*incomplete*"))
+
+
+def test_every_torn_trainer_state_is_recognised(runs, tmp_path):
+    """A trainer_state.json that is cut or missing means torn, and an older checkpoint serves; no
+    checkpoint is touched. An absent --output_dir is a first start."""
     for step in 8, 10:
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        shutil.copy(runs.folder / "plain-fp32" / folder.name / "trainer_state.json", folder)
-    state = tmp_path / "checkpoint-10" / "trainer_state.json"
+        whole = runs.folder / "plain-fp32" / f"checkpoint-{step}"
+        shutil.copytree(whole, tmp_path / whole.name)
+    args = train.TrainingArguments(data_path="", output_dir=str(tmp_path), use_cpu=True)
+    state, older = tmp_path / "checkpoint-10" / "trainer_state.json", tmp_path / "checkpoint-8"
     whole = state.read_bytes()
-    assert train.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert train.checkpoint_to_resume(args) == str(state.parent)
     for length in {*range(0, len(whole), 23), len(whole.rstrip()) - 1}:
         state.write_bytes(whole[:length])
-        assert train.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
-        (tmp_path / "incomplete-checkpoint-10").rename(tmp_path / "checkpoint-10")
+        assert train.checkpoint_to_resume(args) == str(older)
     state.unlink()
-    (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()
-    (tmp_path / "incomplete-checkpoint-10").mkdir()  # from an earlier kill
-    capsys.readouterr()
-    assert train.newest_checkpoint(tmp_path) is None
-    assert capsys.readouterr().err.count("incomplete, moved to") == 2
+    assert train.checkpoint_to_resume(args) == str(older)
+    (older / "trainer_state.json").unlink()
+    assert not train.checkpoint_to_resume(args)
+    assert sorted(tmp_path.iterdir()) == [state.parent, older]
+    args.output_dir = str(tmp_path / "absent")
+    assert not train.checkpoint_to_resume(args)
+
+
+def test_steps_are_compared_as_numbers(runs, tmp_path):
+    """checkpoint-12 is newer than checkpoint-8, though it sorts before it as text."""
+    for step in 8, STEPS:
+        name = f"checkpoint-{step}"
+        shutil.copytree(runs.folder / "plain-fp32" / name, tmp_path / name)
+    args = train.TrainingArguments(data_path="", output_dir=str(tmp_path), use_cpu=True)
+    assert train.checkpoint_to_resume(args) == str(tmp_path / f"checkpoint-{STEPS}")
+
+
+def add_runs_that_save_only_the_model(runs):
+    """A run of 2 steps, and one that goes on to 4 by --save_only_model; one that is told to resume
+    from the fourth, and one that goes on to 6 by itself."""
+    checkpoint = runs.folder / "only-model" / "checkpoint-4"
+    flags = as_flags(save_steps=2, lr_scheduler_type="constant")
+    runs.add("only-model-2", 0, [*flags, "--max_steps", 2], "only-model")
+    runs.add("only-model-4", 0, [*flags, "--max_steps", 4, "--save_only_model"], "only-model")
+    flags += ["--max_steps", 6]
+    runs.add(
+        "only-model-refused", 0, [*flags, "--resume_from_checkpoint", checkpoint], "only-model"
+    )
+    runs.add("only-model-6", 0, flags, "only-model")
+
+
+def test_a_model_alone_is_not_resumed(runs):
+    """A checkpoint of --save_only_model would start optimizer and schedule anew: it is passed over
+    for an older one that holds them, and refused in one line if --resume_from_checkpoint names it.
+    """
+    names = [f"only-model-{steps}" for steps in (2, 4, 6)]
+    assert [runs.statuses(name) for name in names] == [[0]] * 3
+    assert [resumed_at(runs, name) for name in names] == [0, 2, 2]
+    assert runs.statuses("only-model-refused") == [1]
+    [line] = runs.stderr("only-model-refused").splitlines()
+    assert line.startswith(f"{runs.folder}/only-model/checkpoint-4: ")
+    assert "--save_only_model" in line
+
+
+def add_runs_with_corrupt_files(runs):
+    """Runs in the order of the jsonl, by 2 utterances: of 6, of which 3 cannot be decoded, on one
+    process, by DDP and by ZeRO-3; and of the 3 others alone."""
+    folder, texts = runs.folder, ["one", "two three", "three two one"]
+    whole = Path(make_jsonl(folder, [0.5, 1.5, 3], texts, "whole.jsonl")).read_text().splitlines()
+    (folder / "garbage.wav").write_bytes(b"RIFF\0\0\0\0WAVE" + bytes(range(256)))
+    not_a_number = np.zeros(16000, np.float32)
+    not_a_number[8000] = np.nan
+    soundfile.write(folder / "nan.wav", not_a_number, 16000, subtype="FLOAT")
+    bad = [
+        {"wav": "garbage.wav", "txt": "one", "duration": 1},
+        {"wav": "nan.wav", "txt": "two"},
+        {"wav": "absent.wav", "txt": "three", "duration": 1},
+    ]
+    bad = [json.dumps(line) for line in bad]
+    lines = [whole[0], whole[1], bad[0], whole[2], bad[1], bad[2]]
+    (folder / "corrupt.jsonl").write_text("\n".join(lines))
+    schedule = ["--train_sampling_strategy", "sequential", *as_flags(eval_strategy="epoch")]
+    schedule += as_flags(optim="sgd", lr_scheduler_type="constant", learning_rate=0.1)
+    schedule += as_flags(num_train_epochs=3, save_strategy="epoch", per_device_eval_batch_size=1)
+    ways = {
+        "whole": (0, []),
+        "corrupt": (0, []),
+        "ddp-corrupt": (2, []),
+        "zero3-corrupt": (2, PARTITIONED),
+    }
+    for name, (processes, flags) in ways.items():
+        path = folder / ("whole.jsonl" if name == "whole" else "corrupt.jsonl")
+        data = as_flags(data_path=path, eval_data_path=path)
+        batch = as_flags(per_device_train_batch_size=2 // max(processes, 1))
+        runs.add(name, processes, [*schedule, *data, *batch, *flags])
+
+
+@pytest.mark.parametrize("name", ["corrupt", "ddp-corrupt", "zero3-corrupt"])
+def test_corrupt_files_are_skipped(runs, name):
+    """Files that cannot be decoded take no part in training and evaluation: the others give the
+    losses and the projector that they give alone, also where only one process has a corrupt file,
+    and where a whole batch is corrupt. Each is named once in three epochs, and counted at the end.
+    """
+    processes = 1 if name == "corrupt" else 2
+    assert runs.statuses(name) == [0] * processes
+    losses = list(runs.log_of(name, "loss").values())
+    assert losses[2::3] == [0, 0, 0]  # the third batch of an epoch has only corrupt files
+    del losses[2::3]
+    assert losses == pytest.approx(list(runs.log_of("whole", "loss").values()), rel=1e-5)
+    for key in "eval_loss", "eval_token_accuracy":
+        found, expected = (list(runs.log_of(out, key).values()) for out in (name, "whole"))
+        assert len(found) == 3 and found == pytest.approx(expected, rel=1e-5)
+    expected, initial = load_file(runs.projector("whole")), runs.started_from("whole")["projector"]
+    for key, value in load_file(runs.projector(name)).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
+        assert not torch.equal(value, initial[key.removeprefix("projector.")])
+    stderr = "".join(runs.stderr(name, rank) for rank in range(processes))
+    for file in ("garbage.wav", "nan.wav", "absent.wav"):
+        assert stderr.count(f"Warning: skipped {runs.folder / file}: ") == 1
+    assert stderr.count("Warning: skipped") == 3
+    assert [line for line in runs.stdout(name).splitlines() if "skipped" in line] == [
+        "skipped audio files: 3"
+    ]
+    if processes == 2:  # garbage.wav and nan.wav are read by the first process, absent.wav is not
+        assert "absent.wav" in runs.stderr(name, 1) and "nan.wav" not in runs.stderr(name, 1)
+        assert "skipped" not in runs.stdout(name, 1)
+
+
+def test_nothing_is_said_where_nothing_is_skipped(runs):
+    """A training of whole files neither warns of them nor counts them."""
+    assert "skipped" not in runs.stdout("whole") + runs.stderr("whole")
 
 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory):
-    """Of each LLM's shape a step of plain SGD, learning rate 1, on 8 utterances in 2 batches."""
-    once = as_flags(optim="sgd", learning_rate=1, lr_scheduler_type="constant", max_steps=1)
-    once += as_flags(save_steps=1, max_grad_norm=1e9, projector_hidden_dim=64)
-    runs = Runs(tmp_path_factory.mktemp("gradients"), n_utterances=8)
+    """Of each LLM's shape a step of plain SGD, learning rate 1, on 8 utterances in 2 batches.
+
+    llama3's are with the window "audio".
+    """
+    folder = tmp_path_factory.mktemp("gradients")
+    shared = as_flags(
+        whisper_model_name_or_path=make_whisper(folder / "whisper.pt", n_audio_ctx=200),
+        data_path=make_jsonl(folder, [0.2 * (1 + i) + i % 3 for i in range(8)]),
+        optim="sgd",
+        learning_rate=1,
+        lr_scheduler_type="constant",
+        max_steps=1,
+        save_steps=1,
+        logging_steps=1,
+        max_grad_norm=1e9,
+        projector_hidden_dim=64,
+        gradient_accumulation_steps=2,
+    )
+    runs, ways_of = Runs(folder, shared), {}
     for family, tied in FAMILIES:
-        llm = make_llm(runs.folder / f"{family}-{tied}", family, tied)
-        for n in 1, 2:
-            for kind in [[], ZERO3][:n]:  # zero3-one-process is above
-                for checkpointing in [], ["--gradient_checkpointing"]:
-                    if (family, tied) not in ALL_WAYS and bool(checkpointing) != bool(kind):
-                        continue
-                    name = f"{family}-{tied}{n}{''.join(kind + checkpointing)}".replace(" ", "")
-                    name = name.replace(".json", "")
-                    batch = as_flags(per_device_train_batch_size=4 // n)
-                    batch += as_flags(gradient_accumulation_steps=2)
-                    runs.add(name, name, n, [*once, *batch, *kind, *checkpointing], llm=llm)
-    return runs.do()
+        llm = as_flags(llm_model_name_or_path=make_llm(folder / f"{family}-{tied}", family, tied))
+        llm += AUDIO if family == "llama3" else []
+        ways = [(0, "", []), (2, "", []), (2, "-zero3", PARTITIONED)]  # zero3-one-process is above
+        for processes, engine, flags in ways:
+            batch = as_flags(per_device_train_batch_size=4 // max(processes, 1))
+            for checkpointing in [], ["--gradient_checkpointing"]:
+                if (family, tied) not in ALL_WAYS and bool(checkpointing) != bool(engine):
+                    continue
+                name = f"{family}-{tied}-{processes}{engine}{''.join(checkpointing)}"
+                runs.add(name, processes, [*llm, *batch, *flags, *checkpointing])
+                ways_of.setdefault((family, tied), []).append(name)
+    runs.do()
+    return runs, ways_of
 
 
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
 def test_the_same_gradient_everywhere(gradients, family, tied):
-    """A process, DDP and ZeRO-3, with and without gradient checkpointing, see one gradient."""
-    names = sorted(
-        path.name for path in gradients.folder.glob(f"{family}-{tied}[12]*") if path.is_dir()
-    )
+    """A process, DDP and ZeRO-3, with and without gradient checkpointing, see one gradient, in the
+    encoder's whole window as in one that follows the audio."""
+    runs, ways_of = gradients
+    names = ways_of[family, tied]
     assert len(names) == (6 if (family, tied) in ALL_WAYS else 3)
     steps = []
     for name in names:
-        before = gradients.started_from(name)["projector"]
-        after = load_file(gradients.folder / name / "model.safetensors")
+        before, after = runs.started_from(name)["projector"], load_file(runs.projector(name))
         gradient = {key: before[key] - after[f"projector.{key}"] for key in before}
-        steps.append((gradients.history(name, step=1)[0], gradient))
-    first, gradient = steps[0]
+        loss, norm = (runs.log_of(name, key)[1] for key in ("loss", "grad_norm"))
+        steps.append((loss, norm, gradient))
+    first_loss, first_norm, gradient = steps[0]
     norm = torch.stack([value.norm() for value in gradient.values()]).norm().item()
-    assert first["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 1e-2
-    for other, other_gradient in steps[1:]:
-        assert other["loss"] == pytest.approx(first["loss"], rel=1e-5)
-        assert other["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-5)
+    assert first_norm == pytest.approx(norm, rel=1e-4) and norm > 1e-2
+    for loss, norm, other_gradient in steps[1:]:
+        assert loss == pytest.approx(first_loss, rel=1e-5)
+        assert norm == pytest.approx(first_norm, rel=1e-5)
         for key in gradient:  # differences of weights below 1, rounded to 6e-8
             torch.testing.assert_close(other_gradient[key], gradient[key], rtol=1e-4, atol=3e-7)
 
 
 @pytest.fixture(scope="module")
 def agents(runs):
-    """Trainings by two torchruns with a worker each, which meet on the loopback as nodes would."""
+    """Trainings by two torchruns with a worker each, which meet on the loopback as nodes would.
+
+    Each has a working folder of its own.
+    """
+    nodes = [runs.folder / f"node-{rank}" for rank in (0, 1)]
     shutil.copytree(runs.folder / "zero3-fp32-killed", runs.folder / "agents-torn")
-    (runs.folder / "agents-torn" / "checkpoint-10" / "trainer_state.json").write_text("{")
+    (runs.folder / "agents-torn" / f"checkpoint-{STEPS}" / "trainer_state.json").write_text("{")
     for name in "agents", "agents-torn":
-        runs.add(name, name, 2, [*as_flags(**RECIPE), *SETUPS["zero3-fp32"][1]])
+        runs.add(name, *recipe("zero3-fp32"))
     for name in "ddp-bf16", "zero3-fp32":
         shutil.copytree(runs.folder / name, runs.folder / f"{name}-of-1")
-        flags = [*as_flags(**RECIPE | {"max_steps": 12}), *SETUPS[name][1]]
-        runs.add(f"{name}-of-1", f"{name}-of-1", 1, flags)
-    path = runs.file()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    torchrun += ["--rdzv_id=west", "--rdzv_backend=c10d", f"--rdzv_endpoint={free_endpoint()}"]
-    command = [*torchrun, str(ROOT / "tests" / "several.py"), str(path)]
+        flags = [*recipe(name)[1], *as_flags(max_steps=STEPS + 2)]
+        runs.add(f"{name}-of-1", 1, flags)
+    # One node has the checkpoint, the other what a second process leaves. c10d numbers the nodes as
+    # it likes, so that with both ways round the first process is once the one that sees nothing
+    for out, (here, there) in {"on-node-0": nodes, "on-node-1": nodes[::-1]}.items():
+        shutil.copytree(runs.folder / "ddp-bf16", here / out)
+        torn = there / out / f"checkpoint-{STEPS}"
+        torn.mkdir(parents=True)
+        shutil.copy(runs.folder / "ddp-bf16" / torn.name / "rng_state_1.pth", torn)
+        flags = [*recipe("ddp-bf16")[1], *as_flags(max_steps=STEPS + 2, output_dir=out)]
+        runs.add(out, 2, flags)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    command += ["--rdzv_id=west", "--rdzv_backend=c10d", f"--rdzv_endpoint={free_endpoint()}"]
+    script = [ROOT / "tests" / "several.py", runs.file()]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    processes = [subprocess.Popen(command, cwd=ROOT, env=env) for _ in range(2)]
+    processes = [
+        subprocess.Popen([*map(str, (*command, *script))], cwd=node, env=env) for node in nodes
+    ]
     try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+        assert [process.wait(timeout=240) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.terminate()
@@ -305,26 +433,42 @@ def agents(runs):
 def test_two_nodes_equal_one(agents):
     """Two agents of torchrun with a worker each train what one agent with two workers does."""
     assert agents.statuses("agents") == [0, 0]
-    assert agents.history("agents") == agents.history("zero3-fp32")
-    weights = load_file(agents.folder / "zero3-fp32" / "model.safetensors")
-    assert same_tensors(load_file(agents.folder / "agents" / "model.safetensors"), weights)
+    assert agents.log_of("agents", "loss") == agents.log_of("zero3-fp32", "loss")
+    weights = load_file(agents.projector("zero3-fp32"))
+    assert same_tensors(load_file(agents.projector("agents")), weights)
 
 
-def test_two_nodes_put_one_torn_checkpoint_aside(agents):
-    """A torn checkpoint in a folder that nodes share is put aside, and all of them resume."""
+def test_two_nodes_ignore_a_torn_checkpoint(agents):
+    """A torn checkpoint in a folder that nodes share is passed over by all of them."""
     assert agents.statuses("agents-torn") == [0, 0]
-    assert (agents.folder / "agents-torn" / "incomplete-checkpoint-10").is_dir()
-    assert agents.history("agents-torn") == agents.history("zero3-fp32")
-    weights = load_file(agents.folder / "zero3-fp32" / "model.safetensors")
-    assert same_tensors(load_file(agents.folder / "agents-torn" / "model.safetensors"), weights)
+    assert resumed_at(agents, "agents-torn") == STEPS - 2
+    assert agents.log_of("agents-torn", "loss") == agents.log_of("zero3-fp32", "loss")
+    weights = load_file(agents.projector("zero3-fp32"))
+    assert same_tensors(load_file(agents.projector("agents-torn")), weights)
+
+
+@pytest.mark.parametrize("name", ["on-node-0", "on-node-1"])
+def test_nodes_without_a_shared_output_dir(agents, name):
+    """Where one node has the checkpoint and the other has not, as when --output_dir is not shared,
+    all processes end by the same line. The second node once moved its part away and began at step
+    0, while the first one resumed."""
+    assert agents.statuses(name) == [1, 1]
+    for process in 0, 1:
+        lines = agents.stderr(name, process).splitlines()
+        assert len(lines) == 1 and "All nodes need the same --output_dir" in lines[0]
+        assert "first step" not in agents.stdout(name, process)
+    for node in 0, 1:  # nothing was trained, moved or written
+        folder = agents.folder / f"node-{node}" / name
+        newest = max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+        assert newest == STEPS
 
 
 def test_another_number_of_processes(agents):
     """DDP's checkpoint of 2 processes serves 1; ZeRO-3's does not, and a line says the remedy."""
     assert agents.statuses("ddp-bf16-of-1") == [0]
-    assert len(agents.history("ddp-bf16-of-1", step=12)) == 12
+    assert len(agents.log_of("ddp-bf16-of-1", "loss")) == STEPS + 2
     assert agents.statuses("zero3-fp32-of-1") == [1]
-    checkpoint = agents.folder / "zero3-fp32-of-1" / "checkpoint-10"
-    message = agents.log("zero3-fp32-of-1").splitlines()[-1]
-    assert message == f"{checkpoint}: start 2 processes, or give another --output_dir"
-    assert "Traceback" not in agents.log("zero3-fp32-of-1")
+    checkpoint = agents.folder / "zero3-fp32-of-1" / f"checkpoint-{STEPS}"
+    message = agents.stderr("zero3-fp32-of-1").splitlines()[-1]
+    assert message == f"{checkpoint}: each of 2 processes saved a part: start as many"
+    assert "Traceback" not in agents.stderr("zero3-fp32-of-1")
