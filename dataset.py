@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+from itertools import compress
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
@@ -27,7 +28,7 @@ IGNORE = -100  # a label that is not a target
 
 
 class InputError(SystemExit):
-    """A user's mistake: says which file, line or flag, what was expected, and how to mend it.
+    """A user's mistake: says which file, line or flag, what was expected, and how to fix it.
 
     Uncaught, it ends a script with its message on stderr, status 1, and no traceback.
     """
@@ -95,7 +96,7 @@ def audio_seconds(path):
 class Utterances(torch.utils.data.Dataset):
     """The lines of a jsonl, checked. Item i is the dict of a line, with two keys more:
 
-    "waveform" (n_samples,) int16, and "error": None, or why the waveform is a sample of silence.
+    "waveform" (n_samples,) int16, and "error": None, or why the waveform is a single zero.
 
     Holds the raw lines, and parses one when asked for it: a million lines take little memory.
     seconds: the duration of each. The InputError lists the first ten bad lines and counts them all.
@@ -107,11 +108,9 @@ class Utterances(torch.utils.data.Dataset):
             self.lines = file.read().rstrip().splitlines()
         with ThreadPool(32) as pool:  # threads, because to open files is to wait
             self.seconds = pool.map(self.measure, range(len(self)))
-        bad = [str(seconds) for seconds in self.seconds if isinstance(seconds, InputError)]
+        bad = [str(error) for error in self.seconds if isinstance(error, InputError)]
         if bad or not self.lines:
-            count = (
-                f"{path}: {len(bad)} of {len(self)} lines are bad" if bad else f"{path}: is empty"
-            )
+            count = f"{path}: expected valid lines; {len(bad)} of {len(self)} are invalid"
             raise InputError("\n".join([*bad[:10], count]))
 
     def measure(self, i):
@@ -127,13 +126,13 @@ class Utterances(torch.utils.data.Dataset):
         line, expected = self.lines[i], 'expected {"wav": "a path", "txt": "its transcript"}'
         with user_error(expected, ValueError, LookupError, TypeError, AttributeError):
             utterance = json.loads(line)
-            wav = os.path.join(os.path.dirname(self.path), utterance["wav"])
+            utterance["wav"] = os.path.join(os.path.dirname(self.path), utterance["wav"])
             text = utterance["txt"] if self.training else utterance.get("txt", "")
             text.encode()  # neither null nor half of a surrogate pair
             duration = utterance.get("duration", 1)
             if type(duration) not in (int, float) or not 0 < duration < 1e6:
                 raise ValueError("duration is not a number of seconds")
-        return utterance | {"wav": wav}
+        return utterance
 
     def __len__(self):
         return len(self.lines)
@@ -150,20 +149,18 @@ class Utterances(torch.utils.data.Dataset):
 
         Neither is ever cut. Returns their number. Raises InputError if nothing is left.
         """
-        fitting = []
+        fits = []
         for i, seconds in enumerate(self.seconds):
             n_samples, text = round(seconds * SAMPLE_RATE), self.parse(i)["txt"]
-            room = max_length - len(rows.prompt(n_samples)) - 1
-            # A text has at most a token for each of its bytes
-            short = len(text.encode()) <= room or len(rows.tokenize(text)) <= room
-            if short and n_samples <= rows.max_samples:
-                fitting.append(i)
-        if not fitting:
-            raise InputError(f"{self.path}: nothing fits the encoder and --model_max_length")
-        n_out = len(self) - len(fitting)
-        self.lines = [self.lines[i] for i in fitting]
-        self.seconds = [self.seconds[i] for i in fitting]
-        return n_out
+            room = max_length - len(rows.prompt(n_samples)) - 1  # for the text, before its end
+            # A text has at most a token for each of its bytes, which are counted faster
+            is_short = len(text.encode()) <= room or len(rows.tokenize(text)) <= room
+            fits.append(is_short and n_samples <= rows.max_samples)
+        if not any(fits):
+            raise InputError(f"{self.path}: no utterance fits the encoder and --model_max_length")
+        self.lines = list(compress(self.lines, fits))
+        self.seconds = list(compress(self.seconds, fits))
+        return fits.count(False)
 
 
 def render_chat(tokenizer, prompt):
@@ -213,7 +210,7 @@ class RowFormat:
     def batch(self, waveforms, targets=None):
         """B waveforms (n_samples,) int16, and in training lists of target ids -> a batch:
 
-        waveforms (all samples,) int16, one behind the other: padding would be most of what workers
+        waveforms (all samples,) int16, concatenated: padding would be most of what workers
         send; n_samples, a list: the host must know them without waiting for the GPU; input_ids
         (B, T). In training rows are padded on the right, where nothing that comes before sees it,
         and labels (B, K) are the targets, places (B, K) what predicts them. In recognition rows
@@ -230,17 +227,16 @@ class RowFormat:
         return batch | {"input_ids": pad(rows, PAD)}
 
     def collate(self, utterances):
-        """Items of Utterances -> a training batch, and "errors": why some of them are silence.
+        """Items of Utterances -> a training batch, and "errors": why some of them have no targets.
 
-        These have no targets: nothing is learned from them, and the batch keeps its size on every
-        process.
+        Nothing is learned from these, and the batch keeps its size on every process.
         """
         waveforms, targets, errors = [], [], []
         for item in utterances:
-            waveform, error = item["waveform"], item["error"]
-            if len(waveform) > self.max_samples:
-                waveform, error = waveform[:1], f"{item['wav']}: longer than its duration says"
-            waveforms.append(waveform)
+            error = item["error"]
+            if len(item["waveform"]) > self.max_samples:
+                error = f"{item['wav']}: longer than its duration says"
+            waveforms.append(item["waveform"][:1] if error else item["waveform"])
             targets.append([] if error else [*self.tokenize(item["txt"]), self.end_id])
             errors += [error] if error else []
         return self.batch(waveforms, targets) | {"errors": errors}

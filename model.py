@@ -1,7 +1,7 @@
 """WeST's model: Whisper encoder (frozen) -> Projector (trained) -> causal LLM (frozen).
 
 After SLAM-ASR (arXiv 2402.08846) and the speech adapter of Llama 3.1 (arXiv 2407.21783, section 8).
-In shape comments B: utterances, T: places in a row, N: speech embeddings, D: the LLM's width.
+In shape comments B: utterances, T: positions in a row, N: speech embeddings, D: the LLM's width.
 """
 
 import inspect
@@ -26,7 +26,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from whisper.audio import HOP_LENGTH, N_FFT, N_SAMPLES_PER_TOKEN, SAMPLE_RATE, mel_filters
+from transformers.modeling_utils import local_torch_dtype
+from whisper.audio import HOP_LENGTH, N_FFT, N_SAMPLES_PER_TOKEN, mel_filters
 
 from dataset import IGNORE, PAD, SPEECH, InputError, RowFormat, render_chat, user_error
 
@@ -69,22 +70,20 @@ class SpeechEncoder:
 
     def __init__(self, name, window, device, dtype):
         errors = (RuntimeError, OSError, EOFError, LookupError, pickle.UnpicklingError)
-        torch.set_default_dtype(dtype)  # in float32 Whisper would take twice the memory
-        try:
-            with user_error(f"--whisper_model_name_or_path {name}: expected a Whisper", *errors):
-                whole = whisper.load_model(name, device="cpu")
-        finally:
-            torch.set_default_dtype(torch.float32)
+        expected = f"--whisper_model_name_or_path {name}: expected a Whisper"
+        # In float32, the default dtype, Whisper would take twice the memory
+        with user_error(expected, *errors), local_torch_dtype(dtype):
+            whole = whisper.load_model(name, device="cpu")
         self.dims, self.window, self.device, self.dtype = whole.dims, window, device, dtype
         self.encoder = whole.encoder.eval().requires_grad_(False).to(device, dtype)
-        self.hann_window = torch.hann_window(N_FFT).to(device)
+        self.hann = torch.hann_window(N_FFT).to(device)
         fuse_layer_norms(self.encoder)
 
     @torch.no_grad()
     def __call__(self, waveforms, n_samples):
         """(all samples,) int16 at 16 kHz -> encoder states (B, n, n_audio_state).
 
-        n is that of 30 s, or of the longest audio. Behind the states of a shorter one stands 0.
+        n is that of 30 s, or of the longest audio. Shorter utterances are padded with zeros.
         """
         states, waveforms = [], (waveforms.float() / 32768).split(n_samples)
         by_length = sorted(range(len(waveforms)), key=n_samples.__getitem__)
@@ -106,13 +105,13 @@ class SpeechEncoder:
         padded = F.pad(padded, (0, n_ctx * N_SAMPLES_PER_TOKEN - padded.shape[1]))
         x = F.gelu(encoder.conv1(self.log_mel(padded).to(self.dtype)))
         x = F.gelu(encoder.conv2(x)).transpose(1, 2) + encoder.positional_embedding
-        n_states = [n_ctx] * len(waveforms)
-        if self.window == "audio":
-            steps = (-(-len(wav) // (2 * SAMPLE_RATE)) for wav in waveforms)
-            n_states = [min(100 * n_steps, n_ctx) for n_steps in steps]
+        step = n_ctx if self.window == "full" else 100  # 30 s, or 2 s
+        n_steps = [-(-len(waveform) // (step * N_SAMPLES_PER_TOKEN)) for waveform in waveforms]
+        n_states = [min(n * step, n_ctx) for n in n_steps]
         x = torch.cat([row[:n] for row, n in zip(x, n_states, strict=True)])  # (all states, D_enc)
         groups = [(len(list(group)), n) for n, group in groupby(n_states)]
-        torch.backends.cuda.enable_cudnn_sdp(self.window == "full")  # see "For speed alone"
+        # cuDNN's attention is 7 % faster, but plans anew for each length
+        torch.backends.cuda.enable_cudnn_sdp(self.window == "full")
         for block in encoder.blocks:
             x = x + attend(block.attn, block.attn_ln(x), groups)
             x = x + block.mlp(block.mlp_ln(x))
@@ -124,8 +123,8 @@ class SpeechEncoder:
 
         Whisper's own would scale the whole batch by one maximum, and wait for the GPU each time.
         """
-        options = {"window": self.hann_window, "return_complex": True}
-        stft = torch.stft(waveforms, N_FFT, HOP_LENGTH, **options)  # (B, 201, frames + 1)
+        # (B, 201, frames + 1)
+        stft = torch.stft(waveforms, N_FFT, HOP_LENGTH, window=self.hann, return_complex=True)
         powers = mel_filters(self.device, self.dims.n_mels) @ stft[..., :-1].abs() ** 2
         log_mel = powers.clamp(min=1e-10).log10()
         log_mel = torch.maximum(log_mel, log_mel.amax(dim=(1, 2), keepdim=True) - 8.0)
@@ -165,15 +164,13 @@ class SpeechLLM(nn.Module):
         text = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # (B, T, D)
         states, stride = self.encoder(waveforms, n_samples), self.settings["projector_stride"]
         n_ctx = self.encoder.dims.n_audio_ctx if self.settings["all_speech_embeddings"] else 0
-        n_missing = (
-            max(n_ctx - states.shape[1], 0) + stride
-        )  # the last embedding may be part of one
+        n_missing = max(n_ctx - states.shape[1], 0) + stride  # audio may end within the last stride
         states = F.pad(states, (0, 0, 0, n_missing))  # (B, n, n_audio_state)
         dtype = next(self.projector.parameters()).dtype  # float32, but for what DeepSpeed casts
         speech = self.projector(states.to(dtype)).to(text.dtype)  # (B, N, D)
         is_speech = (input_ids == SPEECH)[..., None]  # (B, T, 1)
         speech_index = (is_speech.cumsum(1) - 1).clamp(min=0)  # which of the N is due
-        return torch.where(is_speech, speech.gather(1, speech_index.expand_as(text)), text)
+        return torch.where(is_speech, speech.take_along_dim(speech_index, dim=1), text)
 
     def forward(self, input_ids, waveforms, n_samples, labels, places, num_items_in_batch=None):
         """Cross-entropy of the labels, summed, over num_items_in_batch.
@@ -221,7 +218,8 @@ class SpeechLLM(nn.Module):
 
         Checkpointed layers, though not what is in them, go with it: transformers wants it.
         """
-        self.training = self.projector.train(mode).training
+        super().train(mode)
+        self.llm.eval()
         for layer in llm_layers(self.llm):
             layer.training = mode and layer.gradient_checkpointing
         return self
@@ -240,10 +238,12 @@ def projector_settings(args):
         saved = {"encoder_window": "full"} | json.loads(safe_open(path, "pt").metadata()["west"])
     for name, trained in saved.items():
         now = given.get(name, trained)
-        is_model = name.endswith("_name_or_path")  # a hub's name or a folder
-        if now != trained and not (is_model and Path(now).name == Path(trained).name):
-            used = "" if is_model else f"; {trained} is used"
-            message = f"Warning: --{name} was {trained} in training, not {now}{used}"
+        is_model, same = name.endswith("_name_or_path"), now == trained
+        if is_model:  # which may have moved to another folder
+            same = Path(now).name == Path(trained).name
+        if not same:
+            used = now if is_model else trained
+            message = f"Warning: --{name} was {trained} in training, not {now}; {used} is used"
             PartialState().print(message, file=sys.stderr)
     return given | saved
 
@@ -251,14 +251,15 @@ def projector_settings(args):
 def load_speech_llm(args, device=None, dtype=None, seed=0):
     """(SpeechLLM, RowFormat) of ModelArguments, in evaluation mode. Raises InputError.
 
-    Without a projector_model_path, seed makes a new projector. By default on a GPU in bfloat16, or
-    on a CPU in float32.
+    Without a projector_model_path, a new projector is drawn from seed. By default on a GPU in
+    bfloat16, or on a CPU in float32.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     settings, name = projector_settings(args), args.llm_model_name_or_path
     whisper_name, window = args.whisper_model_name_or_path, settings["encoder_window"]
-    with PartialState().local_main_process_first():  # so that one process of a node downloads
+    with PartialState().local_main_process_first():  # so that one process of a node downloads;
+        # the hub's downloads are locked by themselves, and ZeRO-3 loads an LLM together
         encoder = SpeechEncoder(whisper_name, window, device, dtype)
     expected = f"--llm_model_name_or_path {name}: expected a causal LLM with a chat template"
     with user_error(expected, OSError, ValueError, TemplateError, SafetensorError):
@@ -273,7 +274,9 @@ def load_speech_llm(args, device=None, dtype=None, seed=0):
     projector = Projector(*sizes, settings["projector_hidden_dim"], settings["projector_stride"])
     model = SpeechLLM(encoder, projector, llm, settings)
     if path := args.projector_model_path:
-        with user_error(f"--projector_model_path {path}: of models of other sizes", RuntimeError):
+        with user_error(
+            f"--projector_model_path {path}: expected models of its sizes", RuntimeError
+        ):
             model.load_state_dict(load_file(path))
     # Decoding inherits nothing of the LLM's own generation config but its stop tokens
     stops = llm.generation_config.eos_token_id
@@ -299,7 +302,7 @@ def fuse_layer_norms(encoder):
 
 
 def make_contiguous(module, inputs):
-    """On the slice of the last places, a prompt's logits take 204 ms for 1280 rows, so under 1."""
+    """The logits of the last places, a strided slice of 1280 prompts, took 204 ms; so under 1."""
     return (inputs[0].contiguous(),)
 
 

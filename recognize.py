@@ -12,12 +12,13 @@ leaves what it has decoded in result.txt.records-*, and --resume goes on from th
 import contextlib
 import glob
 import json
+import math
 import os
 import re
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -34,15 +35,13 @@ from model import ModelArguments, load_speech_llm
 
 UNSPACED = r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"  # Thai, kana, Han
 REFUSAL = (  # the LLM talks to the user about the task
-    r"(?i)(sorry|apolog|unfortunately|unable|cannot|can't|appears|seems|there is no).{0,60}"
-    r"\b(to transcribe|transcribe (the|this|any|audio)|(audio|speech) (clip|input|provided|in)\b)"
-    r"|please (provide|upload).{0,20}(audio|speech|recording)|as an? (ai|(large )?language model)\b"
-    r"|here is the transcription|作为.{0,10}(语言模型|AI助手)|请(提供|上传).{0,10}(音频|语音|录音)"
-    r"|(抱歉|对不起|无法|不能).{0,20}(转录|转写|这段音频|音频(中|文件|内容)|语音内容)"
+    r"(?i)(sorry|apolog|unable|cannot|can't).{0,60}\btranscribe (the|this|any|audio)\b"
+    r"|as an? (ai )?(large )?language model\b|please provide the audio"
+    r"|(抱歉|对不起|无法).{0,20}(转录|转写|音频中|语音内容)|作为.{0,10}(语言模型|AI助手)"
 )
 LOOP = r"([^\s\d].{0,60}?)\1{7,}"  # said eight times in a row; not the zeros of 100000000
-LEAST = {"batch_size": 1, "num_workers": 0, "num_beams": 1, "max_new_tokens": 1}
-LEAST |= {"no_repeat_ngram_size": 0, "repetition_penalty": 1e-3}
+MINIMUM = {"batch_size": 1, "num_workers": 0, "num_beams": 1, "max_new_tokens": 0}
+MINIMUM |= {"no_repeat_ngram_size": 0, "repetition_penalty": 1e-3}
 NORMALIZERS = {None: str, "english": EnglishTextNormalizer(), "basic": BasicTextNormalizer()}
 
 
@@ -65,7 +64,7 @@ class SearchArguments:  # flags of transformers' generate
     length_penalty: float = 1.0  # above 0 favours longer beams
     repetition_penalty: float = 1.0  # above 1: what was said becomes less likely
     no_repeat_ngram_size: int = 0  # above 0: so many tokens are not said twice
-    max_new_tokens: int | None = None  # by default 20, and 10 for each second
+    max_new_tokens: int = 0  # 0: 20, and 10 for each second of audio
 
 
 def split_at_pauses(waveform, max_samples):
@@ -84,26 +83,22 @@ def split_at_pauses(waveform, max_samples):
     return [*pieces, waveform[start:]]
 
 
-def hallucination(text, seconds, stopped):
+def hallucination(text, stopped):
     """Why a hypothesis cannot be what was said, judged without the reference; None if it can."""
     if re.search(REFUSAL, text):
         return "refusal"
     if re.search(LOOP, text + " ") or compression_ratio(text) > 2.4:  # as whisper.transcribe
         return "loop"
-    # Nobody says 30 letters, or 10 kana or Han characters, a second
-    if len(text) + 2 * len(re.findall(r"[\u3040-\u9fff]", text)) > 15 + 30 * seconds:
-        return "too long"
     return None if stopped else "no stop"
 
 
-def transcribe_windows(model, rows, windows, max_new_tokens=None, **flags):
+def transcribe_windows(model, rows, windows, max_new_tokens=0, **flags):
     """[(text, hallucination's kind or None)] of waveforms (n_samples,) int16, in one batch.
 
     A row ends at its own limit, so that it does not depend on the rows that share its batch.
     """
     device, batch = model.encoder.device, rows.batch(windows)
-    seconds = [len(window) / SAMPLE_RATE for window in windows]
-    limits = [max_new_tokens or 20 + round(10 * s) for s in seconds]
+    limits = [max_new_tokens or 20 + round(10 * len(wav) / SAMPLE_RATE) for wav in windows]
     limit_of_row = torch.tensor(limits, device=device)
 
     def at_limit(ids, scores, **kwargs):  # ids (rows x beam candidates, new tokens)
@@ -112,12 +107,11 @@ def transcribe_windows(model, rows, windows, max_new_tokens=None, **flags):
     inputs = batch["input_ids"].to(device), batch["waveforms"].to(device), batch["n_samples"]
     flags |= {"max_new_tokens": max(limits), "stopping_criteria": [at_limit]}
     results, stop_ids = [], model.llm.generation_config.eos_token_id
-    for row, ids in enumerate(model.generate(*inputs, **flags).tolist()):
-        ids = ids[: limits[row]]
-        end = next((t for t, token in enumerate(ids) if token in stop_ids), None)
-        text = rows.tokenizer.decode(ids[:end], skip_special_tokens=True)
+    for ids, limit in zip(model.generate(*inputs, **flags).tolist(), limits, strict=True):
+        spoken = list(takewhile(lambda token: token not in stop_ids, ids[:limit]))
+        text = rows.tokenizer.decode(spoken, skip_special_tokens=True)
         text = " ".join(text.split())  # one line, whatever it holds
-        results.append((text, hallucination(text, seconds[row], stopped=end is not None)))
+        results.append((text, hallucination(text, stopped=len(spoken) < len(ids[:limit]))))
     return results
 
 
@@ -135,47 +129,48 @@ def transcribe(model, rows, audio, batch_size=64, **flags):
     results, transcripts = iter(results), []
     for n_windows in map(len, pieces):
         texts, kinds = zip(*islice(results, n_windows), strict=True)
-        transcripts.append((" ".join(filter(None, texts)), next(filter(None, kinds), None)))
+        kind = next((kind for kind in kinds if kind), None)
+        transcripts.append((" ".join(filter(None, texts)), kind))
     return transcripts
 
 
-def score(pairs, metric, normalize):
-    """jiwer's output for (reference, hypothesis) pairs; in the CER characters are the words."""
+def score(records, metric, normalize):
+    """jiwer's output; in the CER each character is a word, and spaces never count."""
 
     def split(text):
         words = NORMALIZERS[normalize](text).split()
-        return " ".join(words if metric == "wer" else "".join(words))  # spaces never count
+        return " ".join(words if metric == "wer" else "".join(words))
 
-    return jiwer.process_words(
-        *([split(text) for text in side] for side in zip(*pairs, strict=True))
-    )
+    references = [split(record["txt"]) for record in records]
+    return jiwer.process_words(references, [split(record["hypothesis"]) for record in records])
 
 
-def report(lines, records, metric="auto", normalize=None):
+def report(records, metric="auto", normalize=None):
     """Rates of all / of what is not flagged, counts of errors and of flags, as printed.
 
-    lines: dicts of a jsonl; those without "txt" are not scored. records: what was made of them.
+    records: lines of a jsonl, those without "txt" are not scored, with "hypothesis" and "flag".
     """
     counts = Counter(record["flag"] for record in records if record["flag"])
     flags = "flagged: " + (", ".join(f"{n} {flag}" for flag, n in counts.items()) or "none")
-    pairs = [
-        (u["txt"], r["text"], r["flag"]) for u, r in zip(lines, records, strict=True) if "txt" in u
-    ]
-    if not pairs:
+    records = [record for record in records if "txt" in record]
+    if not records:
         return flags
     if metric == "auto":
-        text = "".join(reference for reference, _, _ in pairs)
+        text = "".join(record["txt"] for record in records)
         metric = "cer" if 2 * len(re.findall(UNSPACED, text)) > len(text) else "wer"
-    total = score([pair[:2] for pair in pairs], metric, normalize)
-    unflagged = score([pair[:2] for pair in pairs if not pair[2]] or [("", "")], metric, normalize)
+    total = score(records, metric, normalize)
+    unflagged = [record for record in records if not record["flag"]]
+    unflagged_rate = score(unflagged, metric, normalize).wer if unflagged else math.nan
     n_words = total.hits + total.substitutions + total.deletions
-    counts = f"{total.substitutions} substitutions, {total.deletions} deletions, {total.insertions}"
-    rates = f"{metric.upper()} {100 * total.wer:.2f}/{100 * unflagged.wer:.2f} % (all/not flagged)"
-    return f"{rates}, {n_words} in the references: {counts} insertions\n{flags}"
+    return (
+        f"{metric.upper()} {100 * total.wer:.2f}/{100 * unflagged_rate:.2f} % (all/not flagged), "
+        f"{n_words} in the references: {total.substitutions} substitutions, {total.deletions} "
+        f"deletions, {total.insertions} insertions\n{flags}"
+    )
 
 
 def read_records(result):
-    """{index of an utterance: its record}, from the files that processes append to."""
+    """{index of a line: its record}, from the files that processes append to."""
     records = {}
     for path in result.parent.glob(f"{glob.escape(result.name)}.records-*"):
         for line in path.read_text("utf-8", errors="replace").split("\n"):
@@ -186,16 +181,15 @@ def read_records(result):
 
 
 def check_arguments(model_args, args, search):
-    """Raises InputError for what would otherwise fail late, or not at all."""
-    result = Path(args.result_path)
+    """Rejects what would otherwise fail late or silently. Raises InputError."""
+    result, numbers = Path(args.result_path), vars(args) | vars(search)
     if result.is_dir() or not result.parent.is_dir():
         raise InputError(f"--result_path {result}: expected a file in a folder that exists")
     if not model_args.projector_model_path:
         raise InputError("--projector_model_path: expected a model.safetensors of train.py")
-    given = vars(args) | vars(search)
-    for name, least in LEAST.items():
-        if given[name] is not None and given[name] < least:
-            raise InputError(f"--{name} {given[name]}: expected {least} or more")
+    for name, least in MINIMUM.items():
+        if numbers[name] < least:
+            raise InputError(f"--{name} {numbers[name]}: expected {least} or more")
 
 
 def main():
@@ -217,39 +211,35 @@ def main():
     batches = [[i] for i in todo[:n_long]]
     batches += [todo[k : k + size] for k in range(n_long, len(todo), size)]
     batches = batches[state.process_index :: state.num_processes]
-    options = {"num_workers": args.num_workers, "worker_init_fn": end_with_parent}
-    loader = DataLoader(utterances, batch_sampler=batches, collate_fn=list, **options)
-    progress = tqdm(total=sum(map(len, batches)), unit="utt", disable=not state.is_main_process)
+    workers = {"num_workers": args.num_workers, "worker_init_fn": end_with_parent}
+    loader = DataLoader(utterances, batch_sampler=batches, collate_fn=list, **workers)
+    progress = tqdm(loader, disable=not state.is_main_process)
     with open(f"{result}.records-{state.process_index}", "a", encoding="utf-8") as file:
-        for batch, items in zip(batches, loader, strict=True):
-            waveforms = [item["waveform"] for item in items]
+        for batch, items in zip(batches, progress, strict=True):
+            waveforms = [item.pop("waveform") for item in items]
             transcripts = transcribe(model, rows, waveforms, size, **vars(search))
             for i, item, (text, flag) in zip(batch, items, transcripts, strict=True):
-                record = {"index": i, "text": text, "flag": flag, "error": item["error"]}
                 if item["error"]:
-                    record |= {"text": "", "flag": "unreadable"}
-                file.write("\n" + json.dumps(record, ensure_ascii=False))
+                    text, flag = "", "unreadable"
+                record = {"index": i, "line": f"{args.data_path}:{i + 1}", "hypothesis": text}
+                file.write("\n" + json.dumps(item | record | {"flag": flag}))
             file.flush()
-            progress.update(len(batch))
-    progress.close()
     state.wait_for_everyone()
     if not state.is_main_process:
         return
     records = [record for _, record in sorted(read_records(result).items())]
-    lines = [utterances.parse(i) for i in range(len(records))]
     audio, wall = sum(seconds[i] for i in todo), progress.format_dict["elapsed"]
-    results = report(lines, records, args.metric, args.normalize)
+    results = report(records, args.metric, args.normalize)
     results += f"\nRTFx {audio / wall:.1f} ({audio:.1f} s of audio in {wall:.1f} s)"
     print(results)
-    places = [f"{args.data_path}:{i}" for i in range(1, len(records) + 1)]
-    flagged = [(place, r) for place, r in zip(places, records, strict=True) if r["flag"]]
-    details = [f"{place}: {r['flag']}: {r['text']}" for place, r in flagged]
+    flagged = [record for record in records if record["flag"]]
+    details = [f"{r['line']}: {r['flag']}: {r['error'] or r['hypothesis']}" for r in flagged]
     details = [results, str(model_args), str(args), str(search), *details, ""]
-    Path(f"{result}.report").write_text("\n".join(details), "utf-8")
-    result.write_text("".join(record["text"] + "\n" for record in records), "utf-8")
+    Path(f"{result}.report").write_text("\n".join(details), "utf-8", errors="replace")
+    result.write_text("".join(record["hypothesis"] + "\n" for record in records), "utf-8")
     for path in result.parent.glob(f"{glob.escape(result.name)}.records-*"):
         path.unlink()
-    if errors := [f"{place}: {r['error']}" for place, r in flagged if r["error"]]:
+    if errors := [f"{r['line']}: {r['error']}" for r in flagged if r["error"]]:
         raise InputError("\n".join(["these lines are empty in the result:", *errors]))
 
 

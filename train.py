@@ -7,7 +7,7 @@ One GPU:   python train.py --llm_model_name_or_path Qwen2-1.5B-Instruct \\
 2 nodes:   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_id=west --rdzv_backend=c10d \\
                --rdzv_endpoint=HOST:29400 train.py ...        (the same line on each node)
 
-It takes the flags of transformers.TrainingArguments too, but for those of UNSUPPORTED. The same
+It also takes the flags of transformers.TrainingArguments, except those in UNSUPPORTED. The same
 command started again goes on from the newest complete checkpoint of --output_dir.
 """
 
@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
@@ -29,10 +30,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from dataset import InputError, Utterances, parse_flags
 from model import ModelArguments, compile_layers, fetch_whole_layers, load_speech_llm
 
-UNSUPPORTED = (
-    "--label_smoothing_factor, --neftune_noise_alpha, --batch_eval_metrics and "
-    "--train_sampling_strategy batch_rebalance do not work with this model"
-)
+UNSUPPORTED = "label_smoothing_factor", "neftune_noise_alpha", "batch_eval_metrics"
 
 
 @dataclass(kw_only=True)
@@ -41,21 +39,21 @@ class TrainingArguments(transformers.TrainingArguments):
     eval_data_path: str | None = None  # likewise, for the evaluation's loss and token accuracy
     model_max_length: int = 512  # of a row, in tokens and speech embeddings
     compile: bool = torch.cuda.is_available()  # the LLM's layers
-    evaluation_strategy: str | None = None  # these two are gone from transformers 5, but not from
-    warmup_ratio: float | None = None  # its users' recipes
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
+    evaluation_strategy: str | None = None  # transformers 5 has removed this
+    warmup_ratio: float = 0  # and this, but recipes still use them
     remove_unused_columns: bool = False  # "wav" and "txt" are not arguments of the model
     ddp_find_unused_parameters: bool | None = False
     logging_nan_inf_filter: bool = False  # would wait for the GPU at each step, and hide a NaN
 
     def __post_init__(self):
-        unsupported = self.label_smoothing_factor or self.neftune_noise_alpha
-        unsupported = unsupported or self.batch_eval_metrics
-        if unsupported or self.train_sampling_strategy == "batch_rebalance":
-            raise ValueError(UNSUPPORTED)
+        for name in UNSUPPORTED:
+            if getattr(self, name):
+                raise ValueError(f"--{name} does not work with this model")
         # Without a GPU, transformers would let torchrun's processes each train alone
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.eval_strategy = self.evaluation_strategy or self.eval_strategy
-        self.warmup_steps = self.warmup_steps or self.warmup_ratio or 0  # below 1: a ratio
+        self.warmup_steps = self.warmup_steps or self.warmup_ratio  # below 1: a ratio
         super().__post_init__()
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
         self._n_gpu = 1  # a process drives one GPU; without torchrun Trainer would drive them all
@@ -85,7 +83,7 @@ class ProjectorTrainer(transformers.Trainer):
             return LengthSampler(self)
         return super()._get_train_sampler(train_dataset)
 
-    def _get_eval_sampler(self, eval_dataset):
+    def _get_eval_sampler(self, eval_dataset):  # Trainer's would look for lengths of input_ids
         return torch.utils.data.SequentialSampler(eval_dataset)
 
     def _prepare_inputs(self, inputs):
@@ -132,8 +130,8 @@ def step_to_resume(checkpoint):
     trainer_state.json is written last; --save_only_model leaves out scheduler.pt.
     """
     with contextlib.suppress(OSError, ValueError):
-        state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
-        return state["global_step"] if Path(checkpoint, "scheduler.pt").exists() else 0
+        if Path(checkpoint, "scheduler.pt").exists():
+            return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
     return 0
 
 
@@ -148,12 +146,12 @@ def checkpoint_to_resume(args):
     found = gather_object([(checkpoint, step_to_resume(checkpoint))])  # by each process
     if len(set(found)) > 1 or (checkpoint and not step_to_resume(checkpoint)):
         raise InputError(
-            f"{checkpoint or args.output_dir}: not all processes can resume from there. All nodes "
-            "need the same --output_dir; --save_only_model saves too little"
+            f"{checkpoint or args.output_dir}: expected a whole checkpoint that every process can "
+            "read. Nodes must share --output_dir; --save_only_model saves too little to resume"
         )
     n_saved = len(list(Path(checkpoint).glob("rng_state*.pth"))) if checkpoint else args.world_size
     if args.deepspeed and n_saved != args.world_size:
-        raise InputError(f"{checkpoint}: each of {n_saved} processes saved a part: start as many")
+        raise InputError(f"{checkpoint}: saved by {n_saved} processes: start the same number")
     return checkpoint
 
 

@@ -391,7 +391,7 @@ def test_bad_line(folder, line):
         Utterances(str(folder / "a.jsonl"), training=True)
     named, count = str(error.value).split("\n")
     assert named.startswith(f"{folder}/a.jsonl:2: ") and BAD[line] in named
-    assert count == f"{folder}/a.jsonl: 1 of 3 lines are bad"
+    assert count == f"{folder}/a.jsonl: expected valid lines; 1 of 3 are invalid"
 
 
 def test_many_bad_lines(folder):
@@ -403,7 +403,7 @@ def test_many_bad_lines(folder):
     assert [line.split(": ")[0] for line in lines[:10]] == [
         f"{folder}/a.jsonl:{number}" for number in range(2, 22, 2)
     ]
-    assert lines[10:] == [f"{folder}/a.jsonl: 15 of 30 lines are bad"]
+    assert lines[10:] == [f"{folder}/a.jsonl: expected valid lines; 15 of 30 are invalid"]
 
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\n\n", b"\r\n\r\n", b"\n \t\n\n  "])
@@ -433,7 +433,11 @@ def test_only_training_needs_transcripts(folder):
 def test_no_jsonl(folder):
     """A jsonl that is empty, absent or a folder is named."""
     (folder / "a.jsonl").write_bytes(b"")
-    for name, message in (("a.jsonl", "is empty"), ("b.jsonl", "No such file"), ("", "directory")):
+    for name, message in (
+        ("a.jsonl", "expected valid lines"),
+        ("b.jsonl", "No such file"),
+        ("", "directory"),
+    ):
         with pytest.raises(InputError, match=f"^{folder}/{name}: .*{message}"):
             Utterances(f"{folder}/{name}", training=True)
 

@@ -722,7 +722,7 @@ def test_models_of_another_name(tmp_path, whisper_file, capsys, slash):
     [warning] = warnings_of(capsys)
     assert warning == (
         f"Warning: --llm_model_name_or_path was {paths['trained', 'a']} in training, "
-        f"not {paths['moved', 'b']}"
+        f"not {paths['moved', 'b']}; {paths['moved', 'b']} is used"
     )
     load(paths["trained", "a"], other_whisper, projector_model_path=path)
     [warning] = warnings_of(capsys)
@@ -976,7 +976,7 @@ url, llm = sys.argv[1:]
 whisper._MODELS["remote"], whisper._ALIGNMENT_HEADS["remote"] = url, None
 PartialState(cpu=True)
 model, _ = load_speech_llm(ModelArguments(llm, "remote"))
-print("loaded", model.encoder.dims.n_audio_state)
+print(f"loaded {model.encoder.dims.n_audio_state}\\n", end="", flush=True)
 """
 
 

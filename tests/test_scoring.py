@@ -1,6 +1,7 @@
 # ruff: noqa: RUF001
 """The score: rates that an independent count confirms, and a rule that flags hallucinations."""
 
+import math
 import re
 
 import pytest
@@ -12,16 +13,15 @@ from recognize import hallucination, report
 
 def scored(pairs, flags=None, **arguments):
     """What report() says of (reference or None, hypothesis) pairs and their flags."""
-    lines = [{} if reference is None else {"txt": reference} for reference, _ in pairs]
-    records = [
-        {"index": i, "text": text, "flag": flag, "error": None}
-        for i, ((_, text), flag) in enumerate(zip(pairs, flags or [None] * len(pairs), strict=True))
-    ]
-    return report(lines, records, **arguments)
+    records = []
+    for (reference, text), flag in zip(pairs, flags or [None] * len(pairs), strict=True):
+        record = {"hypothesis": text, "flag": flag}
+        records.append(record if reference is None else record | {"txt": reference})
+    return report(records, **arguments)
 
 
 RATES = re.compile(
-    r"(WER|CER) (\d+\.\d\d)/(\d+\.\d\d) % \(all/not flagged\), (\d+) in the references: "
+    r"(WER|CER) (\d+\.\d\d)/(\d+\.\d\d|nan) % \(all/not flagged\), (\d+) in the references: "
     r"(\d+) substitutions, (\d+) deletions, (\d+) insertions"
 )
 
@@ -71,7 +71,8 @@ def test_rates_agree_with_an_independent_count(pairs, data, metric):
     assert substitutions + deletions + insertions == distance
     surplus = sum(len(text) - len(reference) for reference, text in cuts)
     assert insertions - deletions == surplus
-    expected, _, _ = rate([pair for pair, flag in zip(cuts, flags, strict=True) if not flag])
+    unflagged = [pair for pair, flag in zip(cuts, flags, strict=True) if not flag]
+    expected = rate(unflagged)[0] if unflagged else math.nan  # not 0, which is the best of all
     assert rate_of_unflagged == f"{100 * expected:.2f}"
 
 
@@ -87,9 +88,9 @@ def test_the_lines_of_a_report():
 
 def test_flags_are_counted_by_kind():
     """The last line counts the flags of each kind, or says that there are none."""
-    flags = ["loop", None, "refusal", "loop", "too long", "no stop", "unreadable"]
-    results = scored([("a", f"text {i}") for i in range(7)], flags)
-    flagged = "flagged: 2 loop, 1 refusal, 1 too long, 1 no stop, 1 unreadable"
+    flags = ["loop", None, "refusal", "loop", "no stop", "unreadable"]
+    results = scored([("a", f"text {i}") for i in range(6)], flags)
+    flagged = "flagged: 2 loop, 1 refusal, 1 no stop, 1 unreadable"
     assert results.splitlines()[1:] == [flagged]
     assert scored([("a", "a")]).splitlines()[1:] == ["flagged: none"]
 
@@ -164,68 +165,56 @@ def test_one_reference_does_not_choose_the_normaliser(odd):
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds", "flag"),
+    ("text", "flag"),
     [
         # The LLM talks about the task
-        ("I apologize, but it appears that there is no speech to transcribe", 5, "refusal"),
-        ("I'm sorry, but I can't transcribe audio.", 5, "refusal"),
-        ("I'm sorry, but as an AI language model I cannot listen to recordings", 9, "refusal"),
-        ("Unfortunately, I am unable to transcribe the audio.", 5, "refusal"),
-        ("My apologies, I cannot transcribe this.", 5, "refusal"),
-        ("It seems that no audio was attached for me to transcribe.", 5, "refusal"),
-        ("There is no speech in the recording.", 5, "refusal"),
-        ("Please provide the audio file you would like me to work on.", 5, "refusal"),
-        ("Sure! Here is the transcription: hello", 5, "refusal"),
-        ("抱歉，我无法转录这段音频。", 5, "refusal"),
-        ("很抱歉，音频中没有可以识别的内容", 5, "refusal"),
-        ("对不起，我无法识别语音内容。", 5, "refusal"),
-        ("请提供需要处理的音频文件。", 5, "refusal"),
-        ("作为一个人工智能语言模型，我听不到声音", 5, "refusal"),
+        ("I'm sorry, but I can't transcribe audio.", "refusal"),
+        ("I'm sorry, but as an AI language model I cannot listen to recordings", "refusal"),
+        ("Unfortunately, I am unable to transcribe the audio.", "refusal"),
+        ("My apologies, I cannot transcribe this.", "refusal"),
+        ("Please provide the audio file you would like me to work on.", "refusal"),
+        ("抱歉，我无法转录这段音频。", "refusal"),
+        ("很抱歉，音频中没有可以识别的内容", "refusal"),
+        ("对不起，我无法识别语音内容。", "refusal"),
+        ("作为一个人工智能语言模型，我听不到声音", "refusal"),
         # People apologise, and talk about audio, too
-        ("i'm sorry", 1, None),
-        ("sorry i lost the audio book", 2, None),
-        ("i am sorry i can't come to the meeting tomorrow", 3, None),
-        ("unfortunately the audio was bad on that call", 3, None),
-        ("please open the audio file", 2, None),
-        ("please share the transcript with the team", 3, None),
-        ("he is a model of patience and there is no doubt about it", 4, None),
-        ("it seems to me that the speech was too long", 3, None),
-        ("as an aircraft it was a failure", 2, None),
-        ("对不起我来晚了", 2, None),
-        ("他没有录音设备", 2, None),
-        ("对不起我没有听清楚", 2, None),
-        ("我们没有这个模型", 2, None),
-        ("作为语音助手的开发者我很高兴", 4, None),
-        ("无法打开录音机", 2, None),
+        ("i'm sorry", None),
+        ("sorry i lost the audio book", None),
+        ("i am sorry i can't come to the meeting tomorrow", None),
+        ("unfortunately the audio was bad on that call", None),
+        ("please open the audio file", None),
+        ("please share the transcript with the team", None),
+        ("he is a model of patience and there is no doubt about it", None),
+        ("it seems to me that the speech was too long", None),
+        ("as an aircraft it was a failure", None),
+        ("对不起我来晚了", None),
+        ("他没有录音设备", None),
+        ("对不起我没有听清楚", None),
+        ("我们没有这个模型", None),
+        ("作为语音助手的开发者我很高兴", None),
+        ("无法打开录音机", None),
         # Repetition
-        ("the the the the the the the the", 8, "loop"),
-        ("thank you for watching " * 9, 60, "loop"),
-        ("谢谢观看" * 8, 30, "loop"),
-        ("!" * 60, 30, "loop"),
-        ("la" * 40, 30, "loop"),
-        ("no no no", 1, None),
-        ("no no no no no i said no", 3, None),
-        ("ha ha ha ha ha", 2, None),
-        ("zero zero zero zero", 2, None),
-        ("double zero seven double zero seven", 3, None),
-        ("that is 100000000 dollars", 3, None),
-        ("哈哈哈哈哈", 2, None),
-        # More than can be said
-        ("it was the best of times it was the worst of times", 0.5, "too long"),
-        ("今天天气很好我们一起去公园散步吧", 0.5, "too long"),
-        ("it was the best of times it was the worst of times", 2.0, None),
-        ("今天天气很好我们一起去公园散步吧", 2.5, None),
-        ("สวัสดีครับวันนี้อากาศดีมากเราไปเดินเล่นกันเถอะ", 3.0, None),
-        ("안녕하세요 오늘은 날씨가 정말 좋네요", 2.0, None),
-        ("yes", 0.1, None),
-        ("", 0.05, None),
+        ("the the the the the the the the", "loop"),
+        ("thank you for watching " * 9, "loop"),
+        ("谢谢观看" * 8, "loop"),
+        ("!" * 60, "loop"),
+        ("la" * 40, "loop"),
+        ("no no no", None),
+        ("no no no no no i said no", None),
+        ("ha ha ha ha ha", None),
+        ("zero zero zero zero", None),
+        ("double zero seven double zero seven", None),
+        ("that is 100000000 dollars", None),
+        ("哈哈哈哈哈", None),
+        ("yes", None),
+        ("", None),
     ],
 )
-def test_hallucinations(text, seconds, flag):
+def test_hallucinations(text, flag):
     """The rule flags what nobody said, and leaves what people do say; no reference is asked."""
-    assert hallucination(text, seconds, stopped=True) == flag
+    assert hallucination(text, stopped=True) == flag
 
 
 def test_no_stop_token_is_a_flag():
     """A hypothesis that ran into its limit is flagged, be it otherwise fine."""
-    assert hallucination("good morning", 2.0, stopped=False) == "no stop"
+    assert hallucination("good morning", stopped=False) == "no stop"

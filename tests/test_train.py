@@ -412,12 +412,12 @@ def test_llm_of_other_sizes(ways, mistaken, tmp_path):
     llm = make_llm(tmp_path / "wide", hidden_size=64)
     flags, path = ["--llm_model_name_or_path", llm], ways.projector("at once")
     message = mistaken(*flags, "--projector_model_path", path)
-    assert message.startswith(f"--projector_model_path {path}: of models of other sizes")
+    assert message.startswith(f"--projector_model_path {path}: expected models of its sizes")
     assert len(message.splitlines()) == 1
     checkpoint = path.parent / "checkpoint-6" / "model.safetensors"
     before = checkpoint.read_bytes()
     message = mistaken(*flags, "--output_dir", path.parent)
-    assert message.startswith(f"--projector_model_path {checkpoint}: of models of other sizes")
+    assert message.startswith(f"--projector_model_path {checkpoint}: expected models of its sizes")
     assert checkpoint.read_bytes() == before
 
 

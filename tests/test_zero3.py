@@ -455,7 +455,7 @@ def test_nodes_without_a_shared_output_dir(agents, name):
     assert agents.statuses(name) == [1, 1]
     for process in 0, 1:
         lines = agents.stderr(name, process).splitlines()
-        assert len(lines) == 1 and "All nodes need the same --output_dir" in lines[0]
+        assert len(lines) == 1 and "Nodes must share --output_dir" in lines[0]
         assert "first step" not in agents.stdout(name, process)
     for node in 0, 1:  # nothing was trained, moved or written
         folder = agents.folder / f"node-{node}" / name
@@ -470,5 +470,5 @@ def test_another_number_of_processes(agents):
     assert agents.statuses("zero3-fp32-of-1") == [1]
     checkpoint = agents.folder / "zero3-fp32-of-1" / f"checkpoint-{STEPS}"
     message = agents.stderr("zero3-fp32-of-1").splitlines()[-1]
-    assert message == f"{checkpoint}: each of 2 processes saved a part: start as many"
+    assert message == f"{checkpoint}: saved by 2 processes: start the same number"
     assert "Traceback" not in agents.stderr("zero3-fp32-of-1")
