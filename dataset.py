@@ -123,7 +123,8 @@ class Utterances(torch.utils.data.Dataset):
 
     def parse(self, i):
         """Item i without its audio; "wav" is a path to open. Raises InputError."""
-        line, expected = self.lines[i], 'expected {"wav": "a path", "txt": "its transcript"}'
+        line = self.lines[i]
+        expected = 'expected {"wav": "a path", "txt": "its transcript"}'
         with user_error(expected, ValueError, LookupError, TypeError, AttributeError):
             utterance = json.loads(line)
             utterance["wav"] = os.path.join(os.path.dirname(self.path), utterance["wav"])
@@ -151,7 +152,8 @@ class Utterances(torch.utils.data.Dataset):
         """
         fits = []
         for i, seconds in enumerate(self.seconds):
-            n_samples, text = round(seconds * SAMPLE_RATE), self.parse(i)["txt"]
+            n_samples = round(seconds * SAMPLE_RATE)
+            text = self.parse(i)["txt"]
             room = max_length - len(rows.prompt(n_samples)) - 1  # for the text, before its end
             # A text has at most a token for each of its bytes, which are counted faster
             is_short = len(text.encode()) <= room or len(rows.tokenize(text)) <= room

@@ -85,13 +85,14 @@ class SpeechEncoder:
 
         n is that of 30 s, or of the longest audio. Shorter utterances are padded with zeros.
         """
-        states, waveforms = [], (waveforms.float() / 32768).split(n_samples)
+        waveforms = (waveforms.float() / 32768).split(n_samples)
         by_length = sorted(range(len(waveforms)), key=n_samples.__getitem__)
+        states = {}
         with torch.autocast(self.device.type, enabled=False):  # the log-mel needs its float32
             for k in range(0, len(waveforms), 64):  # bounds the memory
-                states += self.encode([waveforms[i] for i in by_length[k : k + 64]])
-        states = dict(zip(by_length, states, strict=True))
-        return pad_sequence([states[i] for i in range(len(states))], batch_first=True)
+                part = by_length[k : k + 64]
+                states |= zip(part, self.encode([waveforms[i] for i in part]), strict=True)
+        return pad_sequence([states[i] for i in range(len(waveforms))], batch_first=True)
 
     def encode(self, waveforms):
         """Waveforms (n_samples,) -> the states (n, n_audio_state) of each.
@@ -136,10 +137,11 @@ def attend(attn, x, groups):
 
     groups: (number of utterances, states of each), of neighbours that have equally many.
     """
-    outputs, sizes = [], [n_utterances * n for n_utterances, n in groups]
-    qkv = (layer(x).split(sizes) for layer in (attn.query, attn.key, attn.value))
-    for shape, *parts in zip(groups, *qkv, strict=True):
-        q, k, v = (part.view(*shape, attn.n_head, -1).transpose(1, 2) for part in parts)
+    sizes = [n_utterances * n for n_utterances, n in groups]
+    qkv = [layer(x).split(sizes) for layer in (attn.query, attn.key, attn.value)]
+    outputs = []
+    for group, *parts in zip(groups, *qkv, strict=True):
+        q, k, v = (part.view(*group, attn.n_head, -1).transpose(1, 2) for part in parts)
         heads = F.scaled_dot_product_attention(q, k, v)  # (utterances, n_head, n, D_head)
         outputs.append(heads.transpose(1, 2).flatten(0, 1).flatten(1))
     return attn.out(torch.cat(outputs))
@@ -162,7 +164,8 @@ class SpeechLLM(nn.Module):
         input_ids (B, T); waveforms (all samples,) int16; n_samples: of each of the B utterances.
         """
         text = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # (B, T, D)
-        states, stride = self.encoder(waveforms, n_samples), self.settings["projector_stride"]
+        states = self.encoder(waveforms, n_samples)
+        stride = self.settings["projector_stride"]
         n_ctx = self.encoder.dims.n_audio_ctx if self.settings["all_speech_embeddings"] else 0
         n_missing = max(n_ctx - states.shape[1], 0) + stride  # audio may end within the last stride
         states = F.pad(states, (0, 0, 0, n_missing))  # (B, n, n_audio_state)
@@ -183,15 +186,16 @@ class SpeechLLM(nn.Module):
         def select_places(head, inputs):  # the logits of all places would take gigabytes
             return (inputs[0].take_along_dim(places[..., None], dim=1),)
 
-        embeds, head = self.embed(input_ids, waveforms, n_samples), self.llm.get_output_embeddings()
+        embeds = self.embed(input_ids, waveforms, n_samples)
         with (
-            head.register_forward_pre_hook(select_places),
+            self.llm.get_output_embeddings().register_forward_pre_hook(select_places),
             torch.autocast(embeds.device.type, enabled=False),  # the LLM runs as when it decodes
         ):
             logits = self.llm(inputs_embeds=embeds, use_cache=False).logits.float()  # (B, K, vocab)
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         losses = losses.view_as(labels)  # 0 where there is no target
-        n_targets, n_right = (labels != IGNORE).sum(1), (logits.argmax(-1) == labels).sum(1)
+        n_targets = (labels != IGNORE).sum(1)
+        n_right = (logits.argmax(-1) == labels).sum(1)
         count = n_targets.sum() if num_items_in_batch is None else num_items_in_batch
         token_sums = torch.stack([losses.detach().sum(1), n_targets, n_right], dim=1)
         return {"loss": losses.sum() / count.clamp(min=1), "token_sums": token_sums}
@@ -202,7 +206,8 @@ class SpeechLLM(nn.Module):
 
         flags are those of transformers' generate.
         """
-        embeds, mask = self.embed(input_ids, waveforms, n_samples), (input_ids != PAD).long()
+        embeds = self.embed(input_ids, waveforms, n_samples)
+        mask = (input_ids != PAD).long()
         return self.llm.generate(inputs_embeds=embeds, attention_mask=mask, **flags)
 
     def state_dict(self, *args, prefix="", **kwargs):
@@ -238,11 +243,9 @@ def projector_settings(args):
         saved = {"encoder_window": "full"} | json.loads(safe_open(path, "pt").metadata()["west"])
     for name, trained in saved.items():
         now = given.get(name, trained)
-        is_model, same = name.endswith("_name_or_path"), now == trained
-        if is_model:  # which may have moved to another folder
-            same = Path(now).name == Path(trained).name
-        if not same:
-            used = now if is_model else trained
+        is_model = name.endswith("_name_or_path")  # which may have moved to another folder
+        used = now if is_model else trained
+        if now != trained and not (is_model and Path(now).name == Path(trained).name):
             message = f"Warning: --{name} was {trained} in training, not {now}; {used} is used"
             PartialState().print(message, file=sys.stderr)
     return given | saved
@@ -256,11 +259,11 @@ def load_speech_llm(args, device=None, dtype=None, seed=0):
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    settings, name = projector_settings(args), args.llm_model_name_or_path
-    whisper_name, window = args.whisper_model_name_or_path, settings["encoder_window"]
+    settings = projector_settings(args)
+    name, window = args.llm_model_name_or_path, settings["encoder_window"]
     with PartialState().local_main_process_first():  # so that one process of a node downloads;
         # the hub's downloads are locked by themselves, and ZeRO-3 loads an LLM together
-        encoder = SpeechEncoder(whisper_name, window, device, dtype)
+        encoder = SpeechEncoder(args.whisper_model_name_or_path, window, device, dtype)
     expected = f"--llm_model_name_or_path {name}: expected a causal LLM with a chat template"
     with user_error(expected, OSError, ValueError, TemplateError, SafetensorError):
         tokenizer = AutoTokenizer.from_pretrained(name)

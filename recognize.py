@@ -97,16 +97,18 @@ def transcribe_windows(model, rows, windows, max_new_tokens=0, **flags):
 
     A row ends at its own limit, so that it does not depend on the rows that share its batch.
     """
-    device, batch = model.encoder.device, rows.batch(windows)
+    device = model.encoder.device
     limits = [max_new_tokens or 20 + round(10 * len(wav) / SAMPLE_RATE) for wav in windows]
     limit_of_row = torch.tensor(limits, device=device)
 
     def at_limit(ids, scores, **kwargs):  # ids (rows x beam candidates, new tokens)
         return ids.shape[1] >= limit_of_row.repeat_interleave(len(ids) // len(limits))
 
+    batch = rows.batch(windows)
     inputs = batch["input_ids"].to(device), batch["waveforms"].to(device), batch["n_samples"]
     flags |= {"max_new_tokens": max(limits), "stopping_criteria": [at_limit]}
-    results, stop_ids = [], model.llm.generation_config.eos_token_id
+    stop_ids = model.llm.generation_config.eos_token_id
+    results = []
     for ids, limit in zip(model.generate(*inputs, **flags).tolist(), limits, strict=True):
         spoken = list(takewhile(lambda token: token not in stop_ids, ids[:limit]))
         text = rows.tokenizer.decode(spoken, skip_special_tokens=True)
@@ -123,12 +125,14 @@ def transcribe(model, rows, audio, batch_size=64, **flags):
     """
     waveforms = [load_audio(item) if isinstance(item, str | Path) else item for item in audio]
     pieces = [split_at_pauses(waveform, rows.max_samples) for waveform in waveforms]
-    windows, results = list(chain.from_iterable(pieces)), []
+    windows = list(chain.from_iterable(pieces))
+    results = []
     for k in range(0, len(windows), batch_size):
         results += transcribe_windows(model, rows, windows[k : k + batch_size], **flags)
-    results, transcripts = iter(results), []
-    for n_windows in map(len, pieces):
-        texts, kinds = zip(*islice(results, n_windows), strict=True)
+    remaining = iter(results)
+    transcripts = []
+    for windows in pieces:
+        texts, kinds = zip(*islice(remaining, len(windows)), strict=True)
         kind = next((kind for kind in kinds if kind), None)
         transcripts.append((" ".join(filter(None, texts)), kind))
     return transcripts
@@ -182,11 +186,12 @@ def read_records(result):
 
 def check_arguments(model_args, args, search):
     """Rejects what would otherwise fail late or silently. Raises InputError."""
-    result, numbers = Path(args.result_path), vars(args) | vars(search)
+    result = Path(args.result_path)
     if result.is_dir() or not result.parent.is_dir():
         raise InputError(f"--result_path {result}: expected a file in a folder that exists")
     if not model_args.projector_model_path:
         raise InputError("--projector_model_path: expected a model.safetensors of train.py")
+    numbers = vars(args) | vars(search)
     for name, least in MINIMUM.items():
         if numbers[name] < least:
             raise InputError(f"--{name} {numbers[name]}: expected {least} or more")
@@ -195,8 +200,9 @@ def check_arguments(model_args, args, search):
 def main():
     model_args, args, search = parse_flags(ModelArguments, DecodingArguments, SearchArguments)
     check_arguments(model_args, args, search)
-    result, utterances = Path(args.result_path), Utterances(args.data_path, training=False)
-    seconds, size, done = utterances.seconds, args.batch_size, read_records(result)
+    result = Path(args.result_path)
+    utterances = Utterances(args.data_path, training=False)
+    done = read_records(result)
     if done and not args.resume:
         raise InputError(f"{result}.records-*: a run was cut off; add --resume, or delete them")
     # Without a GPU, accelerate would let torchrun's processes each decode everything
@@ -206,6 +212,7 @@ def main():
     model, rows = load_speech_llm(model_args, state.device, dtype)
     state.wait_for_everyone()  # nobody writes before everybody has read
     # Longest first, and what needs several windows is a batch of its own
+    seconds, size = utterances.seconds, args.batch_size
     todo = sorted(set(range(len(utterances))) - set(done), key=lambda i: -seconds[i])
     n_long = sum(seconds[i] * SAMPLE_RATE > rows.max_samples for i in todo)
     batches = [[i] for i in todo[:n_long]]
@@ -228,7 +235,8 @@ def main():
     if not state.is_main_process:
         return
     records = [record for _, record in sorted(read_records(result).items())]
-    audio, wall = sum(seconds[i] for i in todo), progress.format_dict["elapsed"]
+    audio = sum(seconds[i] for i in todo)
+    wall = progress.format_dict["elapsed"]
     results = report(records, args.metric, args.normalize)
     results += f"\nRTFx {audio / wall:.1f} ({audio:.1f} s of audio in {wall:.1f} s)"
     print(results)

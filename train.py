@@ -93,7 +93,8 @@ class ProjectorTrainer(transformers.Trainer):
         return super()._prepare_inputs(inputs)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        output_dir, whole = output_dir or self.args.output_dir, contextlib.nullcontext()
+        output_dir = output_dir or self.args.output_dir
+        whole = contextlib.nullcontext()
         if self.is_deepspeed_enabled:  # ZeRO-3 has partitioned the projector over all processes
             import deepspeed
 
@@ -163,7 +164,8 @@ def main():
         deepspeed.init_distributed()  # which Trainer does not do with --use_cpu
     paths = [path for path in (args.data_path, args.eval_data_path) if path]
     sets = [Utterances(path, training=True) for path in paths]
-    checkpoint, log = checkpoint_to_resume(args), PartialState().print  # on the first process
+    checkpoint = checkpoint_to_resume(args)
+    log = PartialState().print  # on the first process
     if checkpoint:
         model_args.projector_model_path = os.path.join(checkpoint, "model.safetensors")
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
