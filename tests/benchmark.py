@@ -66,14 +66,14 @@ TASKS = {  # name: (script, flags, optimizer steps or utterances)
 }
 
 
-def make_durations(mean):
-    """2048 durations in seconds, between 1 and 30."""
+def make_durations(mean, n_files):
+    """Durations in seconds, between 1 and 30."""
     shape = 11 if mean < 8 else 5  # read sentences differ less in length than read books
-    return np.random.default_rng(0).gamma(shape, mean / shape, 2048).clip(1, 30)
+    return np.random.default_rng(0).gamma(shape, mean / shape, n_files).clip(1, 30)
 
 
 def build_world(folder, llm, whisper_name, durations, device):
-    """Random models in their real formats, projectors for both windows, 2048 files twice."""
+    """Random models in their real formats, projectors for both windows, wav and Opus files."""
     from conftest import make_tokenizer
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -228,12 +228,15 @@ def main():
     parser.add_argument("--seconds", type=float, default=4.7, help="mean duration")
     parser.add_argument("--gpus", type=int, default=1, help="processes, started by torchrun")
     parser.add_argument("--only", default="", help="only runs whose name has this in it")
+    parser.add_argument("--only-window", choices=["full", "audio"])
+    parser.add_argument("--only-format", choices=["wav", "opus"])
     parser.add_argument("--extra", default="", help="more flags for every run")
     parser.add_argument("--world", help="a folder to keep models and audio in, for the next run")
     args = parser.parse_args()
     os.chdir(Path(__file__).parent.parent)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder, durations = Path(args.world or tempfile.mkdtemp()), make_durations(args.seconds)
+    folder = Path(args.world or tempfile.mkdtemp())
+    durations = make_durations(args.seconds, 2048 if device == "cuda" else 64)
     if not (folder / "opus.jsonl").exists():
         folder.mkdir(exist_ok=True)
         build_world(folder, args.llm, args.whisper, durations, device)
@@ -246,7 +249,8 @@ def main():
         TASKS.items(), ("full", "audio"), ("wav", "opus")
     ):
         name = f"{task}, {window} window, {kind}"
-        if args.only not in name:
+        wanted = args.only_window in (None, window) and args.only_format in (None, kind)
+        if args.only not in name or not wanted:
             continue
         flags = f"{flags} {args.extra}"
         if device == "cpu" and script == "train.py":  # enough to see that it runs
