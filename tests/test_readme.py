@@ -187,32 +187,36 @@ def test_bundled_projector(folder, tmp_path):
     assert float(re.search(r"WER ([\d.]+)", output)[1]) < 2
 
 
+def smaller(commands, *pairs):
+    """Commands in which each printed flag of (printed, small) pairs has become the small one."""
+    for printed, small in pairs:
+        assert printed in commands
+        commands = commands.replace(printed, small)
+    return commands
+
+
 def test_figure(folder):
     """The figure's commands, on 16 utterances and 20 steps instead of 400 and 500."""
-    commands = snippet("training.md", "## The demo's curve", "bash")
-    for printed, small in (
+    commands = smaller(
+        snippet("training.md", "## The demo's curve", "bash"),
         ("tests/tiny/train.jsonl", "train.jsonl"),
         ("tests/tiny/test.jsonl", "test.jsonl"),
         ("_steps 50", "_steps 10"),
         ("seq 50 50 500", "seq 10 10 20"),
-    ):
-        assert printed in commands
-        commands = commands.replace(printed, small)
+    )
     shell(commands, folder)
     assert "</svg>" in (folder / "docs/demo_curve.svg").read_text()
 
 
 def test_real_speech(folder):
     """The command of the run on real speech, on the demo's models, and its figure."""
-    commands = snippet("training.md", "## Real speech", "bash")
-    for printed, small in (
+    commands = smaller(
+        snippet("training.md", "## Real speech", "bash"),
         ("--max_steps 3000", "--max_steps 2"),
         ("--eval_steps 250", "--eval_steps 1"),
         ("--save_steps 125", "--save_steps 2"),
         ("--logging_steps 10", "--logging_steps 1"),
-    ):
-        assert printed in commands
-        commands = commands.replace(printed, small)
+    )
     shell(commands, folder)
     assert "</svg>" in (folder / "docs/real_curve.svg").read_text()
 
