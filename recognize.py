@@ -205,6 +205,9 @@ def main():
     done = read_records(result)
     if done and not args.resume:
         raise InputError(f"{result}.records-*: a run was cut off; add --resume, or delete them")
+    for i, record in done.items():
+        if i >= len(utterances) or record["wav"] != utterances.parse(i)["wav"]:
+            raise InputError(f"{result}.records-*: not of {args.data_path}; delete them")
     # Without a GPU, accelerate would let torchrun's processes each decode everything
     cpu = args.use_cpu or not torch.accelerator.is_available()
     state = PartialState(cpu, timeout=timedelta(days=30))  # ranks wait however long

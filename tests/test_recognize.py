@@ -771,6 +771,20 @@ def test_a_run_killed_before_its_end_is_joined(tmp_path, demo_jsonl, demo_transc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.txt", "result.txt.report"]
 
 
+@pytest.mark.parametrize("n_lines", [3, 24])
+def test_records_of_other_data_are_refused(tmp_path, demo_jsonl, demo_transcripts, n_lines):
+    """--resume never joins what was decoded of another jsonl: longer, or in another order."""
+    lines = [json.loads(line) for line in demo_jsonl.read_text("utf-8").splitlines()]
+    result = tmp_path / "result.txt"
+    record = lines[5] | {"index": 5, "line": "other.jsonl:6", "hypothesis": "one", "flag": None}
+    Path(f"{result}.records-0").write_text(json.dumps(record | {"error": None}))
+    data = write_jsonl(tmp_path / "data.jsonl", lines[::-1][:n_lines])
+    with inputs_of("Projector") as encoded, pytest.raises(InputError) as refused:
+        recognized(DEMO, data, result, resume=True)
+    assert str(refused.value) == f"{result}.records-*: not of {data}; delete them"
+    assert not encoded and Path(f"{result}.records-0").exists() and not result.exists()
+
+
 def test_hypotheses_of_another_run_are_never_mixed_in(tmp_path, demo_jsonl, demo_transcripts):
     """A run is cut off, its projector trained on: the same command once gave a mixture of both.
 
