@@ -261,8 +261,9 @@ def load_speech_llm(args, device=None, dtype=None, seed=0):
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     settings = projector_settings(args)
     name, window = args.llm_model_name_or_path, settings["encoder_window"]
-    with PartialState().local_main_process_first():  # so that one process of a node downloads;
-        # the hub's downloads are locked by themselves, and ZeRO-3 loads an LLM together
+    # One process of a node downloads. The LLM needs no such care: the hub's downloads lock, and
+    # under ZeRO-3 all processes load it together
+    with PartialState().local_main_process_first():
         encoder = SpeechEncoder(args.whisper_model_name_or_path, window, device, dtype)
     expected = f"--llm_model_name_or_path {name}: expected a causal LLM with a chat template"
     with user_error(expected, OSError, ValueError, TemplateError, SafetensorError):

@@ -131,8 +131,8 @@ def transcribe(model, rows, audio, batch_size=64, **flags):
         results += transcribe_windows(model, rows, windows[k : k + batch_size], **flags)
     remaining = iter(results)
     transcripts = []
-    for windows in pieces:
-        texts, kinds = zip(*islice(remaining, len(windows)), strict=True)
+    for n_windows in map(len, pieces):
+        texts, kinds = zip(*islice(remaining, n_windows), strict=True)
         kind = next((kind for kind in kinds if kind), None)
         transcripts.append((" ".join(filter(None, texts)), kind))
     return transcripts

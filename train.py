@@ -165,7 +165,7 @@ def main():
     paths = [path for path in (args.data_path, args.eval_data_path) if path]
     sets = [Utterances(path, training=True) for path in paths]
     checkpoint = checkpoint_to_resume(args)
-    log = PartialState().print  # on the first process
+    log = PartialState().print  # on a node's first process
     if checkpoint:
         model_args.projector_model_path = os.path.join(checkpoint, "model.safetensors")
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32

@@ -9,9 +9,11 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import torch
@@ -215,3 +217,33 @@ def whisper_file(tmp_path_factory):
 
 
 assert whisper.audio.SAMPLE_RATE == 16000  # the durations above rest on it
+
+
+def wait_for(condition, process):
+    """Returns when a condition is true; a process that ends before is a failure."""
+    while not condition():
+        assert process.poll() is None
+        time.sleep(0.001)
+
+
+def is_alive(process):
+    """Whether a psutil.Process has not ended; a zombie has, and its new parent will notice."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def outlive(processes):
+    """Those that do not end after their parent. Ends them, and returns them.
+
+    Waits for 30 s, since a loader of PyTorch looks for its parent every 5 s.
+    """
+    for _ in range(300):
+        left = [process for process in processes if is_alive(process)]
+        if not left:
+            break
+        time.sleep(0.1)
+    for process in left:
+        process.kill()
+    return left

@@ -10,21 +10,26 @@ import re
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 GREY = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), "#808890")
 GREY |= {"xtick.color": "#808890", "ytick.color": "#808890", "grid.color": "#80889060"}
 
 
+def log_of(output_dir, key):
+    """{step: value} of what the newest checkpoint of output_dir logged under a key."""
+    checkpoints = Path(output_dir).glob("checkpoint-*")
+    newest = max(checkpoints, key=lambda path: int(path.name.split("-")[1]))
+    log = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry[key] for entry in log if key in entry}
+
+
 def main(output_dir, figure_path):
+    import matplotlib.pyplot as plt  # only here: the tests read logs without it
+
     plt.rcParams.update(GREY | {"axes.grid": True, "legend.framealpha": 0})
-    states = Path(output_dir).glob("checkpoint-*/trainer_state.json")
-    newest = max(states, key=lambda path: int(path.parent.name.split("-")[1]))
-    log = json.loads(newest.read_text())["log_history"]
 
     def logged(key):
         """(steps, values) of what was logged under a key."""
-        return zip(*[(entry["step"], entry[key]) for entry in log if key in entry], strict=True)
+        return zip(*log_of(output_dir, key).items(), strict=True)
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     left.plot(*logged("loss"), lw=1, label="training")
@@ -40,10 +45,9 @@ def main(output_dir, figure_path):
     rates = {}
     for path in Path(output_dir).glob("*.txt.report"):
         name, rate_of_all = re.match(r"(WER|CER) ([\d.]+)", path.read_text("utf-8")).groups()
-        rates[int(path.name.split(".")[0])] = name, float(rate_of_all)
+        rates[int(path.name.split(".")[0])] = float(rate_of_all)
     if rates:
-        values = [rates[step][1] for step in sorted(rates)]
-        right.plot(sorted(rates), values, "C1.-", label=next(iter(rates.values()))[0])
+        right.plot(*zip(*sorted(rates.items()), strict=True), "C1.-", label=name)
     right.set(xlabel="optimizer steps", title="held-out errors, %", ylim=(0, None))
     for axes in left, right:
         axes.legend()

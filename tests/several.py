@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from conftest import ROOT, torchrun
 from conftest import run as run_command
+from curve import log_of
 from torch.distributed import TCPStore
 from transformers import Trainer
 
@@ -109,14 +110,6 @@ class Runs:
     def projector(self, out):
         """The file that training leaves at its end."""
         return self.folder / out / "model.safetensors"
-
-
-def log_of(output_dir, key):
-    """{step: value} of what the newest checkpoint of output_dir logged under a key."""
-    checkpoints = Path(output_dir).glob("checkpoint-*")
-    newest = max(checkpoints, key=lambda path: int(path.name.split("-")[1]))
-    log = json.loads((newest / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry[key] for entry in log if key in entry}
 
 
 def note_parameters(trainer_train, path):

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest.mock import patch
@@ -21,7 +20,17 @@ import pytest
 import soundfile
 import soxr
 import torch
-from conftest import ROOT, TINY, make_jsonl, make_llm, make_whisper, run, torchrun
+from conftest import (
+    ROOT,
+    TINY,
+    make_jsonl,
+    make_llm,
+    make_whisper,
+    outlive,
+    run,
+    torchrun,
+    wait_for,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -87,35 +96,6 @@ def records_of(result):
                     record = json.loads(line)
                     records[record["index"]] = record
     return records
-
-
-def wait_for(condition, process):
-    """Polls until the condition holds or the process has ended; nothing is timed."""
-    while not condition() and process.poll() is None:
-        time.sleep(0.001)
-
-
-def is_alive(process):
-    """Whether a psutil.Process has not ended; a zombie has, and its new parent will notice."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def outlive(processes):
-    """Those that do not end after their parent. Ends them, and returns them.
-
-    Waits for 30 s, since a loader of PyTorch looks for its parent every 5 s.
-    """
-    for _ in range(300):
-        left = [process for process in processes if is_alive(process)]
-        if not left:
-            break
-        time.sleep(0.1)
-    for process in left:
-        process.kill()
-    return left
 
 
 @contextmanager

@@ -21,7 +21,17 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import ROOT, make_jsonl, make_llm, make_whisper, run, torchrun
+from conftest import (
+    ROOT,
+    is_alive,
+    make_jsonl,
+    make_llm,
+    make_whisper,
+    outlive,
+    run,
+    torchrun,
+    wait_for,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -295,17 +305,6 @@ def test_batches_of_like_length():
         orders.append(order)
 
 
-def wait_for(condition, process):
-    """Returns when a condition is true; a process that ends before is a failure."""
-    while not condition():
-        assert process.poll() is None
-        time.sleep(0.05)
-
-
-def is_alive(process):
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-
-
 def start(command, flags, output_dir):
     """A command in the background, which trains for a million steps unless the flags say else."""
     schedule = as_flags(max_steps=1_000_000, save_steps=5, save_total_limit=2, report_to="none")
@@ -331,11 +330,7 @@ def test_workers_end_with_torchrun(parts, tmp_path):
         assert len(workers) == 4
         launcher.kill()
         launcher.wait()
-        for _ in range(300):  # at most 30 s; DataLoader's own workers look every 5 s
-            if not any(map(is_alive, workers)):
-                break
-            time.sleep(0.1)
-        assert not [worker for worker in workers if is_alive(worker)]
+        assert not outlive(workers)
     finally:
         launcher.kill()
         for worker in filter(is_alive, workers):
