@@ -235,6 +235,7 @@ def main():
                 file.write("\n" + json.dumps(item | record | {"flag": flag}))
             file.flush()
     state.wait_for_everyone()
+    state.destroy_process_group()  # else gloo's threads may abort the process as it exits
     if not state.is_main_process:
         return
     records = [record for _, record in sorted(read_records(result).items())]

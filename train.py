@@ -12,6 +12,7 @@ command started again goes on from the newest complete checkpoint of --output_di
 """
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -189,3 +190,5 @@ def main():
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # frees DDP: if it outlives the group, gloo's threads may wait for ever
+    PartialState().destroy_process_group()  # and without this abort the process as it exits

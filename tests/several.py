@@ -9,7 +9,8 @@ A worker does its runs one after the other, each in a fork that runs train.py as
 rendezvous of the run's own. All of a run's processes are killed by SIGKILL kill_after seconds after
 kill_when exists, or PATIENCE after one of them has failed. Rank r writes its stdout to log.r, its
 stderr to log.r.err; its exit status, below 0 for a signal, is in log.r.status, the model's
-parameters before training are in log.r.pt, and log.r.graphs says how many graphs were compiled.
+parameters before training are in log.r.pt, log.r.graphs says how many graphs were compiled, and
+log.r.left what of torch.distributed is left behind.
 """
 
 import gc
@@ -29,6 +30,7 @@ from conftest import ROOT, torchrun
 from conftest import run as run_command
 from curve import log_of
 from torch.distributed import TCPStore
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 N_WORKERS = 2
@@ -145,6 +147,9 @@ def start(run, log, port):
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         Path(f"{log}.graphs").write_text(str(graphs))
+        left = [type(x).__name__ for x in gc.get_objects() if type(x) is DistributedDataParallel]
+        left += ["process group"] if torch.distributed.is_initialized() else []
+        Path(f"{log}.left").write_text(" ".join(left))
         status = 0
     except SystemExit as end:  # as Python itself ends a script by these two
         print(end, file=sys.stderr)
