@@ -6,11 +6,9 @@ is the model's.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
-import sys
 from itertools import compress
 from multiprocessing.pool import ThreadPool
 
@@ -63,8 +61,7 @@ def end_with_parent(*_):
 
     So neither torchrun's processes outlive it, nor the workers that load audio for them.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # elsewhere it does nothing
 
 
 def load_audio(path):
@@ -123,10 +120,9 @@ class Utterances(torch.utils.data.Dataset):
 
     def parse(self, i):
         """Item i without its audio; "wav" is a path to open. Raises InputError."""
-        line = self.lines[i]
         expected = 'expected {"wav": "a path", "txt": "its transcript"}'
-        with user_error(expected, ValueError, LookupError, TypeError, AttributeError):
-            utterance = json.loads(line)
+        with user_error(expected, ValueError, KeyError, TypeError, AttributeError):
+            utterance = json.loads(self.lines[i])
             utterance["wav"] = os.path.join(os.path.dirname(self.path), utterance["wav"])
             text = utterance["txt"] if self.training else utterance.get("txt", "")
             text.encode()  # neither null nor half of a surrogate pair

@@ -9,7 +9,6 @@ import json
 import pickle
 import sys
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
@@ -77,7 +76,6 @@ class SpeechEncoder:
         self.dims, self.window, self.device, self.dtype = whole.dims, window, device, dtype
         self.encoder = whole.encoder.eval().requires_grad_(False).to(device, dtype)
         self.hann = torch.hann_window(N_FFT).to(device)
-        fuse_layer_norms(self.encoder)
 
     @torch.no_grad()
     def __call__(self, waveforms, n_samples):
@@ -113,11 +111,12 @@ class SpeechEncoder:
         groups = [(len(list(group)), n) for n, group in groupby(n_states)]
         # cuDNN's attention is 7 % faster, but plans anew for each length
         torch.backends.cuda.enable_cudnn_sdp(self.window == "full")
+        norm = nn.LayerNorm.forward  # one kernel, float32 inside; Whisper's own casts around it
         for block in encoder.blocks:
-            x = x + attend(block.attn, block.attn_ln(x), groups)
-            x = x + block.mlp(block.mlp_ln(x))
+            x = x + attend(block.attn, norm(block.attn_ln, x), groups)
+            x = x + block.mlp(norm(block.mlp_ln, x))
         torch.backends.cuda.enable_cudnn_sdp(False)
-        return encoder.ln_post(x).split(n_states)
+        return norm(encoder.ln_post, x).split(n_states)
 
     def log_mel(self, waveforms):
         """(B, samples) -> (B, n_mels, frames): whisper.log_mel_spectrogram of each, bit for bit.
@@ -204,9 +203,10 @@ class SpeechLLM(nn.Module):
     def generate(self, input_ids, waveforms, n_samples, **flags):
         """Ids (B, new tokens) of the best hypotheses of rows that are padded on the left.
 
-        flags are those of transformers' generate.
+        A batch may come from any device. flags are those of transformers' generate.
         """
-        embeds = self.embed(input_ids, waveforms, n_samples)
+        input_ids = input_ids.to(self.encoder.device)
+        embeds = self.embed(input_ids, waveforms.to(self.encoder.device), n_samples)
         mask = (input_ids != PAD).long()
         return self.llm.generate(inputs_embeds=embeds, attention_mask=mask, **flags)
 
@@ -278,9 +278,8 @@ def load_speech_llm(args, device=None, dtype=None, seed=0):
     projector = Projector(*sizes, settings["projector_hidden_dim"], settings["projector_stride"])
     model = SpeechLLM(encoder, projector, llm, settings)
     if path := args.projector_model_path:
-        with user_error(
-            f"--projector_model_path {path}: expected models of its sizes", RuntimeError
-        ):
+        expected = f"--projector_model_path {path}: expected models of its sizes"
+        with user_error(expected, RuntimeError):
             model.load_state_dict(load_file(path))
     # Decoding inherits nothing of the LLM's own generation config but its stop tokens
     stops = llm.generation_config.eos_token_id
@@ -296,13 +295,6 @@ def load_speech_llm(args, device=None, dtype=None, seed=0):
 def llm_layers(llm):
     """The LLM's repeated layers, whatever its family."""
     return [module for module in llm.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def fuse_layer_norms(encoder):
-    """PyTorch's LayerNorm computes in float32 inside one kernel; Whisper's casts around it."""
-    for module in encoder.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.forward = partial(nn.LayerNorm.forward, module)
 
 
 def make_contiguous(module, inputs):
@@ -326,4 +318,4 @@ def fetch_whole_layers(llm):
     """Makes ZeRO-3 fetch a layer's weights at once, not those of each small module by hooks."""
     import deepspeed  # takes seconds, and only runs with --deepspeed come here
 
-    deepspeed.utils.set_z3_leaf_modules(llm, list({type(layer) for layer in llm_layers(llm)}))
+    deepspeed.utils.set_z3_leaf_modules(llm, [GradientCheckpointingLayer])

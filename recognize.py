@@ -12,19 +12,19 @@ leaves what it has decoded in result.txt.records-*, and --resume goes on from th
 import contextlib
 import glob
 import json
-import math
 import os
 import re
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import chain, islice, takewhile
+from itertools import chain, islice, pairwise, takewhile
 from pathlib import Path
 from typing import Literal
 
 import jiwer
 import torch
 from accelerate import PartialState
+from more_itertools import constrained_batches
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
@@ -50,7 +50,7 @@ class DecodingArguments:
     data_path: str  # jsonl of {"wav": ...}, and "txt" to score against
     result_path: str = "result.txt"
     resume: bool = False  # go on from the records that a cut-off run of these flags has left
-    batch_size: int = 64  # windows of audio decoded together
+    batch_size: int = 64  # windows of audio, of up to 30 s, decoded together
     metric: Literal["wer", "cer", "auto"] = "auto"  # cer if references are mostly Han, kana, Thai
     normalize: Literal["english", "basic"] | None = None  # Whisper's text normalisers
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # bfloat16 on a GPU
@@ -72,15 +72,13 @@ def split_at_pauses(waveform, max_samples):
 
     That is in the middle of the 0.1 s of least energy in the last sixth of a piece (5 of 30 s).
     """
-    pieces, start, frame = [], 0, SAMPLE_RATE // 10
-    while len(waveform) - start > max_samples:
-        end = start + max_samples
+    cuts, frame = [0], SAMPLE_RATE // 10
+    while len(waveform) - cuts[-1] > max_samples:
+        end = cuts[-1] + max_samples
         last_sixth = end - max_samples // 6 // frame * frame
         energies = (waveform[last_sixth:end].reshape(-1, frame).astype(float) ** 2).sum(axis=1)
-        cut = last_sixth + energies.argmin() * frame + frame // 2
-        pieces.append(waveform[start:cut])
-        start = cut
-    return [*pieces, waveform[start:]]
+        cuts.append(last_sixth + energies.argmin() * frame + frame // 2)
+    return [waveform[start:end] for start, end in pairwise([*cuts, len(waveform)])]
 
 
 def hallucination(text, stopped):
@@ -93,28 +91,24 @@ def hallucination(text, stopped):
 
 
 def transcribe_windows(model, rows, windows, max_new_tokens=0, **flags):
-    """[(text, hallucination's kind or None)] of waveforms (n_samples,) int16, in one batch.
+    """Yields (text, hallucination's kind or None) of waveforms (n_samples,) int16, in one batch.
 
     A row ends at its own limit, so that it does not depend on the rows that share its batch.
     """
-    device = model.encoder.device
     limits = [max_new_tokens or 20 + round(10 * len(wav) / SAMPLE_RATE) for wav in windows]
-    limit_of_row = torch.tensor(limits, device=device)
+    limit_of_row = torch.tensor(limits, device=model.encoder.device)
 
     def at_limit(ids, scores, **kwargs):  # ids (rows x beam candidates, new tokens)
         return ids.shape[1] >= limit_of_row.repeat_interleave(len(ids) // len(limits))
 
-    batch = rows.batch(windows)
-    inputs = batch["input_ids"].to(device), batch["waveforms"].to(device), batch["n_samples"]
     flags |= {"max_new_tokens": max(limits), "stopping_criteria": [at_limit]}
     stop_ids = model.llm.generation_config.eos_token_id
-    results = []
-    for ids, limit in zip(model.generate(*inputs, **flags).tolist(), limits, strict=True):
+    sequences = model.generate(**rows.batch(windows), **flags).tolist()
+    for ids, limit in zip(sequences, limits, strict=True):
         spoken = list(takewhile(lambda token: token not in stop_ids, ids[:limit]))
         text = rows.tokenizer.decode(spoken, skip_special_tokens=True)
         text = " ".join(text.split())  # one line, whatever it holds
-        results.append((text, hallucination(text, stopped=len(spoken) < len(ids[:limit]))))
-    return results
+        yield text, hallucination(text, stopped=len(spoken) < len(ids[:limit]))
 
 
 def transcribe(model, rows, audio, batch_size=64, **flags):
@@ -164,7 +158,7 @@ def report(records, metric="auto", normalize=None):
         metric = "cer" if 2 * len(re.findall(UNSPACED, text)) > len(text) else "wer"
     total = score(records, metric, normalize)
     unflagged = [record for record in records if not record["flag"]]
-    unflagged_rate = score(unflagged, metric, normalize).wer if unflagged else math.nan
+    unflagged_rate = score(unflagged, metric, normalize).wer if unflagged else float("nan")
     n_words = total.hits + total.substitutions + total.deletions
     return (
         f"{metric.upper()} {100 * total.wer:.2f}/{100 * unflagged_rate:.2f} % (all/not flagged), "
@@ -214,26 +208,26 @@ def main():
     dtype = getattr(torch, args.dtype) if args.dtype else None
     model, rows = load_speech_llm(model_args, state.device, dtype)
     state.wait_for_everyone()  # nobody writes before everybody has read
-    # Longest first, and what needs several windows is a batch of its own
-    seconds, size = utterances.seconds, args.batch_size
+    seconds = utterances.seconds
     todo = sorted(set(range(len(utterances))) - set(done), key=lambda i: -seconds[i])
-    n_long = sum(seconds[i] * SAMPLE_RATE > rows.max_samples for i in todo)
-    batches = [[i] for i in todo[:n_long]]
-    batches += [todo[k : k + size] for k in range(n_long, len(todo), size)]
-    batches = batches[state.process_index :: state.num_processes]
+    max_seconds = args.batch_size * rows.max_samples / SAMPLE_RATE  # what so many windows hold
+    batches = constrained_batches(
+        todo, max_seconds, args.batch_size, get_len=seconds.__getitem__, strict=False
+    )
+    batches = list(batches)[state.process_index :: state.num_processes]
     workers = {"num_workers": args.num_workers, "worker_init_fn": end_with_parent}
     loader = DataLoader(utterances, batch_sampler=batches, collate_fn=list, **workers)
     progress = tqdm(loader, disable=not state.is_main_process)
     with open(f"{result}.records-{state.process_index}", "a", encoding="utf-8") as file:
         for batch, items in zip(batches, progress, strict=True):
             waveforms = [item.pop("waveform") for item in items]
-            transcripts = transcribe(model, rows, waveforms, size, **vars(search))
+            transcripts = transcribe(model, rows, waveforms, args.batch_size, **vars(search))
             for i, item, (text, flag) in zip(batch, items, transcripts, strict=True):
                 if item["error"]:
                     text, flag = "", "unreadable"
                 record = {"index": i, "line": f"{args.data_path}:{i + 1}", "hypothesis": text}
-                file.write("\n" + json.dumps(item | record | {"flag": flag}))
-            file.flush()
+                # The line break comes first, since a kill may have torn the line before
+                print("\n" + json.dumps(item | record | {"flag": flag}), file=file, flush=True)
     state.wait_for_everyone()
     state.destroy_process_group()  # else gloo's threads may abort the process as it exits
     if not state.is_main_process:

@@ -14,9 +14,8 @@ command started again goes on from the newest complete checkpoint of --output_di
 import contextlib
 import gc
 import json
-import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -24,7 +23,7 @@ from typing import Literal
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import GatheredParameters, gather_object
 from safetensors.torch import save_file
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -41,8 +40,9 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = 512  # of a row, in tokens and speech embeddings
     compile: bool = torch.cuda.is_available()  # the LLM's layers
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
-    evaluation_strategy: str | None = None  # transformers 5 has removed this
-    warmup_ratio: float = 0  # and this, but recipes still use them
+    # Recipes still use the names of transformers 4. A warm-up below 1 is a ratio
+    eval_strategy: str = field(default="no", metadata={"aliases": "--evaluation_strategy"})
+    warmup_steps: float = field(default=0, metadata={"aliases": "--warmup_ratio"})
     remove_unused_columns: bool = False  # "wav" and "txt" are not arguments of the model
     ddp_find_unused_parameters: bool | None = False
     logging_nan_inf_filter: bool = False  # would wait for the GPU at each step, and hide a NaN
@@ -53,8 +53,6 @@ class TrainingArguments(transformers.TrainingArguments):
                 raise ValueError(f"--{name} does not work with this model")
         # Without a GPU, transformers would let torchrun's processes each train alone
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        self.eval_strategy = self.evaluation_strategy or self.eval_strategy
-        self.warmup_steps = self.warmup_steps or self.warmup_ratio  # below 1: a ratio
         super().__post_init__()
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
         self._n_gpu = 1  # a process drives one GPU; without torchrun Trainer would drive them all
@@ -94,18 +92,13 @@ class ProjectorTrainer(transformers.Trainer):
         return super()._prepare_inputs(inputs)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        output_dir = output_dir or self.args.output_dir
-        whole = contextlib.nullcontext()
-        if self.is_deepspeed_enabled:  # ZeRO-3 has partitioned the projector over all processes
-            import deepspeed
-
-            whole = deepspeed.zero.GatheredParameters(list(self.model.projector.parameters()))
-        with whole:
-            tensors = {name: value.cpu().clone() for name, value in self.model.state_dict().items()}
-        if self.args.should_save:
-            os.makedirs(output_dir, exist_ok=True)
-            metadata = {"west": json.dumps(self.model.settings)}
-            save_file(tensors, os.path.join(output_dir, "model.safetensors"), metadata)
+        folder = Path(output_dir or self.args.output_dir)
+        # ZeRO-3 has partitioned the projector over all processes; else this does nothing
+        with GatheredParameters(list(self.model.projector.parameters())):
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                metadata = {"west": json.dumps(self.model.settings)}
+                save_file(self.model.state_dict(), folder / "model.safetensors", metadata)
         if self.args.push_to_hub and not _internal_call:  # the final model, with a model card
             self.push_to_hub(tags=["west", "automatic-speech-recognition"])
 
@@ -142,19 +135,19 @@ def checkpoint_to_resume(args):
 
     Raises InputError where not all processes can resume from it.
     """
-    whole = filter(step_to_resume, Path(args.output_dir).glob("checkpoint-*"))
-    newest = max(whole, key=step_to_resume, default="")
-    checkpoint = str(args.resume_from_checkpoint or newest)
-    found = gather_object([(checkpoint, step_to_resume(checkpoint))])  # by each process
-    if len(set(found)) > 1 or (checkpoint and not step_to_resume(checkpoint)):
+    newest = max(Path(args.output_dir).glob("checkpoint-*"), key=step_to_resume, default="")
+    checkpoint = args.resume_from_checkpoint or newest
+    step = step_to_resume(checkpoint)
+    steps = gather_object([step])  # of each process
+    if len(set(steps)) > 1 or (args.resume_from_checkpoint and not step):
         raise InputError(
             f"{checkpoint or args.output_dir}: expected a whole checkpoint that every process can "
             "read. Nodes must share --output_dir; --save_only_model saves too little to resume"
         )
-    n_saved = len(list(Path(checkpoint).glob("rng_state*.pth"))) if checkpoint else args.world_size
-    if args.deepspeed and n_saved != args.world_size:
+    n_saved = len(list(Path(checkpoint).glob("rng_state*.pth")))
+    if args.deepspeed and step and n_saved != args.world_size:
         raise InputError(f"{checkpoint}: saved by {n_saved} processes: start the same number")
-    return checkpoint
+    return str(checkpoint) if step else ""
 
 
 def main():
@@ -168,7 +161,7 @@ def main():
     checkpoint = checkpoint_to_resume(args)
     log = PartialState().print  # on a node's first process
     if checkpoint:
-        model_args.projector_model_path = os.path.join(checkpoint, "model.safetensors")
+        model_args.projector_model_path = f"{checkpoint}/model.safetensors"
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model, rows = load_speech_llm(model_args, args.device, dtype, args.seed)
     for utterances in sets:
@@ -180,7 +173,8 @@ def main():
         fetch_whole_layers(model.llm)
     if args.compile:
         compile_layers(model.llm, recompute=args.gradient_checkpointing)
-        args.gradient_checkpointing = False
+        # One flag by two names, which Trainer would act upon once more
+        args.gradient_checkpointing = args.activation_checkpointing = False
     trainer = ProjectorTrainer(model, args, rows.collate, *sets, compute_metrics=token_metrics)
     trainer.train(resume_from_checkpoint=checkpoint or None)
     trainer.save_model()

@@ -10,7 +10,8 @@ rendezvous of the run's own. All of a run's processes are killed by SIGKILL kill
 kill_when exists, or PATIENCE after one of them has failed. Rank r writes its stdout to log.r, its
 stderr to log.r.err; its exit status, below 0 for a signal, is in log.r.status, the model's
 parameters before training are in log.r.pt, log.r.graphs says how many graphs were compiled, and
-log.r.left what of torch.distributed is left behind.
+log.r.left what of torch.distributed is left behind, log.r.checkpointed how many modules Trainer
+has told to checkpoint activations.
 """
 
 import gc
@@ -105,6 +106,10 @@ class Runs:
         """How many graphs torch.compile has compiled in a run that has ended well."""
         return int(Path(f"{self.folder / name}.{rank}.graphs").read_text())
 
+    def n_checkpointed(self, name, rank=0):
+        """How many modules Trainer has told to checkpoint activations."""
+        return int(Path(f"{self.folder / name}.{rank}.checkpointed").read_text())
+
     def log_of(self, out, key):
         """{step: value} of what the newest checkpoint of a folder logged under a key."""
         return log_of(self.folder / out, key)
@@ -123,7 +128,10 @@ def note_parameters(trainer_train, path):
             for name, p in self.model.named_parameters()
         }
         torch.save({"shapes": shapes, "projector": self.model.projector.state_dict()}, path)
-        return trainer_train(self, *args, **kwargs)
+        output = trainer_train(self, *args, **kwargs)
+        n = sum(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        Path(path).with_suffix(".checkpointed").write_text(str(n))
+        return output
 
     return note_and_train
 

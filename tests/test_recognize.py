@@ -269,9 +269,9 @@ def assert_independent_of_batches(parts, data, folder, **flags):
     return first
 
 
-def encodes_whole_windows(layer_norm_inputs):
+def encodes_whole_windows(gelu_inputs):
     """Whether the demo's encoder saw all 250 states, of 5 s, of each utterance."""
-    return {shape[-2] % 250 for shape in layer_norm_inputs} == {0}
+    return {shape[-2] % 250 for shape in gelu_inputs} == {0}
 
 
 @pytest.mark.parametrize("num_beams", [1, 5])
@@ -285,7 +285,7 @@ def test_demo_transcripts_depend_on_no_batch(
     """
     projector = demo_projector(tmp_path / "model.safetensors", encoder_window=window)
     parts = {**DEMO, "projector_model_path": projector}
-    with inputs_of("LayerNorm") as encoded:
+    with inputs_of("GELU") as encoded:
         transcripts = assert_independent_of_batches(
             parts, demo_jsonl, tmp_path, num_beams=num_beams
         )
@@ -367,7 +367,7 @@ def test_another_setting_than_in_training_is_one_warning(
     chat = render_chat(AutoTokenizer.from_pretrained(TINY / "llm"), "Transcribe the speech")
     projector = demo_projector(tmp_path / "model.safetensors", chat=chat, **{name: trained})
     flags = {**DEMO, "projector_model_path": projector, name: given}
-    with inputs_of("LayerNorm") as encoded:
+    with inputs_of("GELU") as encoded:
         assert recognized(flags, demo_jsonl, tmp_path / "result.txt") == demo_transcripts
     assert encodes_whole_windows(encoded)
     [warning] = re.findall("^Warning: --.*$", capsys.readouterr().err, re.M)
@@ -830,7 +830,7 @@ def test_an_error_of_decoding_keeps_its_traceback(tmp_path, demo_jsonl):
     """An exhausted GPU or a killed loader is no user's mistake, and is not told as one."""
 
     def exhaust(n):
-        if n == 2:
+        if n == 3:  # in the second batch: the first holds the long file, of two windows
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     with inputs_of("Projector", exhaust), pytest.raises(torch.OutOfMemoryError) as stopped:

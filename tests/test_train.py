@@ -217,6 +217,14 @@ def test_compiling(ways, way):
         assert (ways.n_graphs(way, rank) > 0) == ("compiled" in way)
 
 
+@pytest.mark.parametrize("way", ["compiled", "zero3-compiled-checkpointing"])
+def test_compiled_layers_recompute_by_themselves(ways, way):
+    """Trainer's checkpointing, which has two flags in newer transformers, would stand in their
+    graphs and make them slower."""
+    for rank in range(len(ways.statuses(way))):
+        assert ways.n_checkpointed(way, rank) == 0
+
+
 @pytest.mark.parametrize("way", ["accumulated", "two processes", "compiled"])
 def test_evaluation_does_not_depend_on_its_batches(ways, way):
     """Loss and token accuracy of --eval_data_path are per target token, whatever the batch size and
