@@ -560,6 +560,22 @@ def test_split_at_pauses_cuts_in_a_pause(words, seed):
         assert not loud[place - 400 : place + 400].any()
 
 
+def test_files_of_a_few_windows_share_batches(tmp_path):
+    """A batch may hold as much audio as its windows do: of 7.5 s, two in a batch of 4 x 5 s."""
+    speech = [load_audio(line["wav"]) for line in demo_lines(8)]
+    for i, samples in enumerate(speech):
+        soundfile.write(tmp_path / f"{i}.flac", np.resize(samples, 120_000), 16000)
+    data = write_jsonl(tmp_path / "data.jsonl", [{"wav": f"{i}.flac"} for i in range(8)])
+    batches = []
+    for batch_size in 1, 4:
+        flags = {"batch_size": batch_size, "num_workers": 0}
+        result = tmp_path / f"{batch_size}.txt"
+        done = run(sys.executable, "recognize.py", *arguments(DEMO, data, result, **flags))
+        batches.append(re.findall(r"(\d+)/\1 ", done.stderr)[-1])
+    assert batches == ["8", "4"]
+    assert (tmp_path / "1.txt").read_text("utf-8") == (tmp_path / "4.txt").read_text("utf-8")
+
+
 def test_ten_minutes_lose_nothing_and_need_little_memory(tmp_path):
     """A 10-minute file gives what its utterances give alone, in memory bounded by its samples."""
     period, faint = 68_000, np.random.default_rng(0)  # 4.25 s, in a window of 5 s
