@@ -8,7 +8,6 @@ is the model's.
 import contextlib
 import json
 import os
-import signal
 from itertools import compress
 from multiprocessing.pool import ThreadPool
 
@@ -61,7 +60,7 @@ def end_with_parent(*_):
 
     So neither torchrun's processes outlive it, nor the workers that load audio for them.
     """
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # elsewhere it does nothing
+    torch.multiprocessing._prctl_pr_set_pdeathsig(9)  # SIGKILL; elsewhere it does nothing
 
 
 def load_audio(path):

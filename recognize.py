@@ -12,6 +12,7 @@ leaves what it has decoded in result.txt.records-*, and --resume goes on from th
 import contextlib
 import glob
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -158,7 +159,7 @@ def report(records, metric="auto", normalize=None):
         metric = "cer" if 2 * len(re.findall(UNSPACED, text)) > len(text) else "wer"
     total = score(records, metric, normalize)
     unflagged = [record for record in records if not record["flag"]]
-    unflagged_rate = score(unflagged, metric, normalize).wer if unflagged else float("nan")
+    unflagged_rate = score(unflagged, metric, normalize).wer if unflagged else math.nan
     n_words = total.hits + total.substitutions + total.deletions
     return (
         f"{metric.upper()} {100 * total.wer:.2f}/{100 * unflagged_rate:.2f} % (all/not flagged), "
@@ -210,10 +211,10 @@ def main():
     state.wait_for_everyone()  # nobody writes before everybody has read
     seconds = utterances.seconds
     todo = sorted(set(range(len(utterances))) - set(done), key=lambda i: -seconds[i])
-    max_seconds = args.batch_size * rows.max_samples / SAMPLE_RATE  # what so many windows hold
-    batches = constrained_batches(
-        todo, max_seconds, args.batch_size, get_len=seconds.__getitem__, strict=False
-    )
+    # Of each at the most: a cut leaves at least 5/6 of a window before it
+    excess = [s * SAMPLE_RATE / rows.max_samples - 1 for s in seconds]
+    windows = [1 + max(0, math.ceil(windows_more * 6 / 5)) for windows_more in excess]
+    batches = constrained_batches(todo, args.batch_size, get_len=windows.__getitem__, strict=False)
     batches = list(batches)[state.process_index :: state.num_processes]
     workers = {"num_workers": args.num_workers, "worker_init_fn": end_with_parent}
     loader = DataLoader(utterances, batch_sampler=batches, collate_fn=list, **workers)
@@ -229,12 +230,12 @@ def main():
                 # The line break comes first, since a kill may have torn the line before
                 print("\n" + json.dumps(item | record | {"flag": flag}), file=file, flush=True)
     state.wait_for_everyone()
+    wall = progress.format_dict["elapsed"]
     state.destroy_process_group()  # else gloo's threads may abort the process as it exits
     if not state.is_main_process:
         return
     records = [record for _, record in sorted(read_records(result).items())]
     audio = sum(seconds[i] for i in todo)
-    wall = progress.format_dict["elapsed"]
     results = report(records, args.metric, args.normalize)
     results += f"\nRTFx {audio / wall:.1f} ({audio:.1f} s of audio in {wall:.1f} s)"
     print(results)

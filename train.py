@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import GatheredParameters, gather_object
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -93,8 +93,12 @@ class ProjectorTrainer(transformers.Trainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         folder = Path(output_dir or self.args.output_dir)
-        # ZeRO-3 has partitioned the projector over all processes; else this does nothing
-        with GatheredParameters(list(self.model.projector.parameters())):
+        whole = contextlib.nullcontext()
+        if self.is_deepspeed_enabled:  # ZeRO-3 has partitioned the projector over all processes
+            import deepspeed
+
+            whole = deepspeed.zero.GatheredParameters(list(self.model.projector.parameters()))
+        with whole:
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
                 metadata = {"west": json.dumps(self.model.settings)}
@@ -135,19 +139,19 @@ def checkpoint_to_resume(args):
 
     Raises InputError where not all processes can resume from it.
     """
-    newest = max(Path(args.output_dir).glob("checkpoint-*"), key=step_to_resume, default="")
-    checkpoint = args.resume_from_checkpoint or newest
-    step = step_to_resume(checkpoint)
-    steps = gather_object([step])  # of each process
-    if len(set(steps)) > 1 or (args.resume_from_checkpoint and not step):
+    whole = filter(step_to_resume, Path(args.output_dir).glob("checkpoint-*"))
+    newest = max(whole, key=step_to_resume, default="")
+    checkpoint = str(args.resume_from_checkpoint or newest)
+    found = gather_object([(checkpoint, step_to_resume(checkpoint))])  # by each process
+    if len(set(found)) > 1 or (checkpoint and not step_to_resume(checkpoint)):
         raise InputError(
             f"{checkpoint or args.output_dir}: expected a whole checkpoint that every process can "
             "read. Nodes must share --output_dir; --save_only_model saves too little to resume"
         )
-    n_saved = len(list(Path(checkpoint).glob("rng_state*.pth")))
-    if args.deepspeed and step and n_saved != args.world_size:
+    n_saved = len(list(Path(checkpoint).glob("rng_state*.pth"))) if checkpoint else args.world_size
+    if args.deepspeed and n_saved != args.world_size:
         raise InputError(f"{checkpoint}: saved by {n_saved} processes: start the same number")
-    return str(checkpoint) if step else ""
+    return checkpoint
 
 
 def main():
@@ -184,5 +188,5 @@ def main():
 
 if __name__ == "__main__":
     main()
-    gc.collect()  # frees DDP: if it outlives the group, gloo's threads may wait for ever
-    PartialState().destroy_process_group()  # and without this abort the process as it exits
+    gc.collect()  # DDP must go first, or gloo's threads may wait for ever
+    PartialState().destroy_process_group()  # else they may abort the process as it exits

@@ -110,6 +110,10 @@ class Runs:
         """How many modules Trainer has told to checkpoint activations."""
         return int(Path(f"{self.folder / name}.{rank}.checkpointed").read_text())
 
+    def left(self, name):
+        """What of torch.distributed each process of a run that has ended well leaves behind."""
+        return [path.read_text() for path in sorted(self.folder.glob(f"{name}.*.left"))]
+
     def log_of(self, out, key):
         """{step: value} of what the newest checkpoint of a folder logged under a key."""
         return log_of(self.folder / out, key)

@@ -846,7 +846,7 @@ def test_an_error_of_decoding_keeps_its_traceback(tmp_path, demo_jsonl):
     """An exhausted GPU or a killed loader is no user's mistake, and is not told as one."""
 
     def exhaust(n):
-        if n == 3:  # in the second batch: the first holds the long file, of two windows
+        if n == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     with inputs_of("Projector", exhaust), pytest.raises(torch.OutOfMemoryError) as stopped:

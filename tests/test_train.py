@@ -217,6 +217,12 @@ def test_compiling(ways, way):
         assert (ways.n_graphs(way, rank) > 0) == ("compiled" in way)
 
 
+@pytest.mark.parametrize("way", ["two processes", "compiled", *ZERO3_WAYS])
+def test_nothing_distributed_is_left(ways, way):
+    """Compiled layers keep neither DDP nor the process group alive; see the test of test_zero3."""
+    assert ways.left(way) == ["", ""]
+
+
 @pytest.mark.parametrize("way", ["compiled", "zero3-compiled-checkpointing"])
 def test_compiled_layers_recompute_by_themselves(ways, way):
     """Trainer's checkpointing, which has two flags in newer transformers, would stand in their

@@ -116,11 +116,10 @@ def test_flags_win(runs):
 def test_nothing_distributed_is_left(runs, name):
     """Else gloo's threads now and then abort the process as it exits, or hang it.
 
-    They need Python's lock to give up the last tensors. Python's end takes it away ("terminate
-    called"); DDP's end, if the process group's depends on it, holds it while it waits for them.
+    They need the GIL to release their last tensors. As Python exits they cannot get it ("terminate
+    called"). If DDP is the last owner of the group, its destructor holds it and waits for them.
     """
-    left = [path.read_text() for path in sorted(runs.folder.glob(f"{name}.*.left"))]
-    assert left == [""] * max(SETUPS[name][0], 1)
+    assert runs.left(name) == [""] * max(SETUPS[name][0], 1)
 
 
 def test_the_llm_is_partitioned_while_it_loads(runs):
