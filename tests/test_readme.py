@@ -212,9 +212,11 @@ def test_real_speech(folder):
     """The command of the run on real speech, on the demo's models, and its figure."""
     commands = smaller(
         snippet("training.md", "## Real speech", "bash"),
-        ("--max_steps 3000", "--max_steps 2"),
-        ("--eval_steps 250", "--eval_steps 1"),
-        ("--save_steps 125", "--save_steps 2"),
+        ("train_under_5s.jsonl", "train.jsonl"),
+        ("dev_under_6s.jsonl", "dev.jsonl"),
+        ("--max_steps 4000", "--max_steps 2"),
+        ("--eval_steps 200", "--eval_steps 1"),
+        ("--save_steps 100", "--save_steps 2"),
         ("--logging_steps 10", "--logging_steps 1"),
     )
     shell(commands, folder)
