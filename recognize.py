@@ -211,9 +211,9 @@ def main():
     state.wait_for_everyone()  # nobody writes before everybody has read
     seconds = utterances.seconds
     todo = sorted(set(range(len(utterances))) - set(done), key=lambda i: -seconds[i])
-    # Of each at the most: a cut leaves at least 5/6 of a window before it
+    # Each has at most so many windows, since a cut leaves at least 5/6 of a window before it
     excess = [s * SAMPLE_RATE / rows.max_samples - 1 for s in seconds]
-    windows = [1 + max(0, math.ceil(windows_more * 6 / 5)) for windows_more in excess]
+    windows = [1 + max(0, math.ceil(over * 6 / 5)) for over in excess]
     batches = constrained_batches(todo, args.batch_size, get_len=windows.__getitem__, strict=False)
     batches = list(batches)[state.process_index :: state.num_processes]
     workers = {"num_workers": args.num_workers, "worker_init_fn": end_with_parent}
