@@ -1,15 +1,18 @@
-"""The data: a jsonl of {"wav": path, "txt": transcript, "duration": seconds} -> batches.
+"""The data: a jsonl of {"wav": path, "txt": transcript, "duration": seconds} becomes batches.
 
-"duration" may be left out, and is then read from the file's header. A relative path is taken from
-the jsonl's own folder. DataLoader workers decode and resample audio and tokenise text; the log-mel
-is the model's.
+"duration" is optional; if it is missing, it is read from the audio file. A relative path is
+resolved against the folder of the jsonl. DataLoader workers decode audio and tokenize text; the
+log-mel spectrogram is computed in model.py.
 """
 
 import contextlib
 import json
 import os
+import re
+import sys
 from itertools import compress
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -17,116 +20,53 @@ import soxr
 import torch
 import whisper
 from torch.nn.utils.rnn import pad_sequence
-from transformers import HfArgumentParser
-from whisper.audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE
+from whisper.audio import SAMPLE_RATE
 
-SPEECH, PAD = -1, -2  # stand in input_ids where there is no token: a speech embedding, padding
-IGNORE = -100  # a label that is not a target
+# Placeholders in input_ids for a speech embedding and for padding; no token has a negative id
+SPEECH, PAD = -1, -2
+IGNORE_INDEX = -100  # a label that the loss ignores
+MAX_SECONDS = 1e6  # a longer duration is a mistake
 
 
-class InputError(SystemExit):
-    """A user's mistake: says which file, line or flag, what was expected, and how to fix it.
+class SpeechDataset(torch.utils.data.Dataset):
+    """The utterances of a jsonl.
 
-    Uncaught, it ends a script with its message on stderr, status 1, and no traceback.
+    Item i is line i as a dict, plus "index" (i), "waveform" (n_samples,) int16 at 16 kHz, and
+    "error". If the audio cannot be read, "error" says why and the waveform is a single zero.
+
+    Lines are kept as text and parsed on access, so that a million of them fit in memory.
+    self.seconds holds the duration of each. Raises InputError if a line is invalid.
     """
 
-
-@contextlib.contextmanager
-def user_error(expected, *errors):
-    """Turns errors of these classes into an InputError: what was expected, the cause in brackets.
-
-    It surrounds only what the user has typed or provided; all other errors keep their traceback.
-    """
-    try:
-        yield
-    except errors as error:
-        if isinstance(error, torch.OutOfMemoryError):  # a RuntimeError, but no wrong flag
-            raise
-        cause = str(error).partition("\n")[0]
-        raise InputError(f"{expected} ({cause})") from error
-
-
-def parse_flags(*dataclasses):
-    """Instances of the dataclasses, from a script's command line. Raises InputError."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
-    parser = HfArgumentParser(dataclasses, usage="%(prog)s --FLAG ...")
-    with user_error("wrong flags", ValueError):
-        return parser.parse_args_into_dataclasses()
-
-
-def end_with_parent(*_):
-    """Lets Linux end this process when the one that started it dies, even by kill -9.
-
-    So neither torchrun's processes outlive it, nor the workers that load audio for them.
-    """
-    torch.multiprocessing._prctl_pr_set_pdeathsig(9)  # SIGKILL; elsewhere it does nothing
-
-
-def load_audio(path):
-    """An audio file of any format, rate and number of channels -> (n_samples,) int16, 16 kHz mono.
-
-    Raises InputError if it cannot be decoded, is empty, or has a sample that is not finite.
-    """
-    with user_error(f"{path}: cannot be decoded", OSError, RuntimeError, ValueError):
-        os.stat(path)  # names a missing file better than what follows
-        try:
-            samples, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (n, channels)
-            waveform = soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE)
-        except (soundfile.LibsndfileError, TypeError):  # TypeError: a headerless file
-            waveform = whisper.load_audio(path)  # by ffmpeg
-        if len(waveform) == 0 or not np.isfinite(waveform).all():
-            raise ValueError("no audio, or samples that are not finite numbers")
-    return (waveform * 32768).round().clip(-32768, 32767).astype(np.int16)
-
-
-def audio_seconds(path):
-    """Duration of an audio file, from its header where libsndfile reads it. Raises InputError."""
-    with contextlib.suppress(soundfile.LibsndfileError, TypeError, ValueError):
-        # The header of what was a stream may have no length, or an absurd one
-        if 0 < (seconds := soundfile.info(path).duration) < 1e6:
-            return seconds
-    return len(load_audio(path)) / SAMPLE_RATE
-
-
-class Utterances(torch.utils.data.Dataset):
-    """The lines of a jsonl, checked. Item i is the dict of a line, with two keys more:
-
-    "waveform" (n_samples,) int16, and "error": None, or why the waveform is a single zero.
-
-    Holds the raw lines, and parses one when asked for it: a million lines take little memory.
-    seconds: the duration of each. The InputError lists the first ten bad lines and counts them all.
-    """
-
-    def __init__(self, path, training):
-        self.path, self.training = path, training
-        with user_error(f"{path}: cannot be read", OSError), open(path, "rb") as file:
+    def __init__(self, path, require_text):
+        self.path, self.require_text = path, require_text
+        with as_input_error(f"{path}: cannot be read"), open(path, "rb") as file:
             self.lines = file.read().rstrip().splitlines()
-        with ThreadPool(32) as pool:  # threads, because to open files is to wait
-            self.seconds = pool.map(self.measure, range(len(self)))
-        bad = [str(error) for error in self.seconds if isinstance(error, InputError)]
-        if bad or not self.lines:
-            count = f"{path}: expected valid lines; {len(bad)} of {len(self)} are invalid"
-            raise InputError("\n".join([*bad[:10], count]))
+        with ThreadPool(32) as pool:  # threads: opening files is I/O-bound
+            self.seconds = pool.map(self.duration_or_error, range(len(self.lines)))
+        errors = [str(error) for error in self.seconds if isinstance(error, InputError)]
+        if errors or not self.lines:
+            errors[10:] = [f"{path}: {len(errors)} of {len(self.lines)} lines are invalid"]
+            raise InputError("\n".join(errors))
 
-    def measure(self, i):
-        """Seconds of audio of item i, or the InputError that names its line."""
+    def duration_or_error(self, i):
+        """Returns the seconds of line i or, not raised, an InputError that names the line."""
         try:
-            utterance = self.parse(i)
+            utterance = self.parse_line(i)
             return utterance.get("duration") or audio_seconds(utterance["wav"])
         except InputError as error:
             return InputError(f"{self.path}:{i + 1}: {error}")
 
-    def parse(self, i):
-        """Item i without its audio; "wav" is a path to open. Raises InputError."""
+    def parse_line(self, i):
+        """Returns line i as a dict, with a path in "wav". Raises InputError if it is invalid."""
         expected = 'expected {"wav": "a path", "txt": "its transcript"}'
-        with user_error(expected, ValueError, KeyError, TypeError, AttributeError):
+        with as_input_error(expected):
             utterance = json.loads(self.lines[i])
             utterance["wav"] = os.path.join(os.path.dirname(self.path), utterance["wav"])
-            text = utterance["txt"] if self.training else utterance.get("txt", "")
-            text.encode()  # neither null nor half of a surrogate pair
+            text = utterance["txt"] if self.require_text else utterance.get("txt", "")
+            text.encode()  # fails for null and for half a surrogate pair
             duration = utterance.get("duration", 1)
-            if type(duration) not in (int, float) or not 0 < duration < 1e6:
+            if type(duration) not in (int, float) or not 0 < duration < MAX_SECONDS:
                 raise ValueError("duration is not a number of seconds")
         return utterance
 
@@ -134,112 +74,250 @@ class Utterances(torch.utils.data.Dataset):
         return len(self.lines)
 
     def __getitem__(self, i):
-        utterance = self.parse(i)
+        utterance = self.parse_line(i)
         try:
-            return utterance | {"waveform": load_audio(utterance["wav"]), "error": None}
-        except InputError as error:
-            return utterance | {"waveform": np.zeros(1, np.int16), "error": str(error)}
+            waveform, error = load_audio(utterance["wav"], utterance.get("duration")), None
+        except InputError as reason:
+            waveform, error = np.zeros(1, np.int16), str(reason)
+        return {**utterance, "index": i, "waveform": waveform, "error": error}
 
-    def leave_out_long(self, rows, max_length):
-        """Drops audio longer than the encoder's window, and rows longer than max_length.
+    def drop_long(self, prompts, max_length):
+        """Drops audio that is longer than the encoder's window, and sequences over max_length.
 
-        Neither is ever cut. Returns their number. Raises InputError if nothing is left.
+        Nothing is truncated. Returns the number of dropped utterances. Raises InputError if none
+        is left, or if the LLM has no embedding for a token of a transcript.
         """
-        fits = []
+        keep = []
         for i, seconds in enumerate(self.seconds):
             n_samples = round(seconds * SAMPLE_RATE)
-            text = self.parse(i)["txt"]
-            room = max_length - len(rows.prompt(n_samples)) - 1  # for the text, before its end
-            # A text has at most a token for each of its bytes, which are counted faster
-            is_short = len(text.encode()) <= room or len(rows.tokenize(text)) <= room
-            fits.append(is_short and n_samples <= rows.max_samples)
-        if not any(fits):
+            with as_input_error(f"{self.path}:{i + 1}: cannot be tokenized"):
+                targets = prompts.target_ids(self.parse_line(i)["txt"])
+            length = len(prompts.prompt_ids(n_samples)) + len(targets)
+            keep.append(length <= max_length and n_samples <= prompts.max_samples)
+        if not any(keep):
             raise InputError(f"{self.path}: no utterance fits the encoder and --model_max_length")
-        self.lines = list(compress(self.lines, fits))
-        self.seconds = list(compress(self.seconds, fits))
-        return fits.count(False)
+        self.lines = list(compress(self.lines, keep))
+        self.seconds = list(compress(self.seconds, keep))
+        return keep.count(False)
+
+
+def load_audio(path, stated_seconds=None):
+    """Reads audio of any format, sampling rate and number of channels: (n_samples,) int16, 16 kHz.
+
+    Raises InputError if the file cannot be decoded, is empty, holds a sample that is not finite,
+    or is much shorter or longer than its header or stated_seconds says.
+    """
+    with as_input_error(f"{path}: cannot be decoded"):
+        os.stat(path)  # gives a clearer error for a missing file
+        try:
+            with soundfile.SoundFile(path) as file:
+                samples = file.read(dtype="float32", always_2d=True)  # (n, channels)
+                in_header = header_seconds(file)
+            waveform = soxr.resample(samples.mean(axis=1), file.samplerate, SAMPLE_RATE)
+        except (soundfile.LibsndfileError, TypeError) as error:
+            if getattr(error, "code", 1) != 1:  # 1: format not recognised. TypeError: no header
+                raise
+            waveform, in_header = decode_with_ffmpeg(path), None
+        if len(waveform) == 0 or not np.isfinite(waveform).all():
+            raise ValueError("no audio, or samples that are not finite numbers")
+        seconds = len(waveform) / SAMPLE_RATE
+        for source, stated in ("header", in_header), ('"duration"', stated_seconds):
+            if stated and abs(seconds - stated) > max(0.1 * stated, 0.5):
+                raise ValueError(f"it holds {seconds:.1f} s, but its {source} says {stated:.1f} s")
+    return as_int16(waveform.clip(-1, 1))
+
+
+def header_seconds(file):
+    """Returns the duration that the header of a soundfile.SoundFile states, or None.
+
+    Raises ValueError for several Ogg streams in one file: libsndfile would read the first alone.
+    """
+    if file.format == "OGG" and Path(file.name).read_bytes().count(b"OggS\0\2") > 1:
+        raise ValueError("several Ogg streams joined in one file; convert it, for example to flac")
+    seconds = file.frames / file.samplerate
+    # Of a truncated file libsndfile counts what is there, and its log tells what the header says
+    match = re.search(r": (\d+) \(should be (\d+)\)", file.extra_info)
+    stated, actual = map(int, match.groups()) if match else (1, 1)
+    if actual < stated < 0x7FFFF000:  # larger sizes are the placeholders of streaming encoders
+        seconds *= stated / actual
+    return seconds if 0 < seconds < MAX_SECONDS else None
+
+
+def decode_with_ffmpeg(path):
+    """Returns a waveform (n_samples,) float32. Raises ValueError with ffmpeg's own reason."""
+    try:
+        return whisper.load_audio(path)
+    except FileNotFoundError:
+        raise ValueError("not a format that libsndfile knows; install ffmpeg to read it") from None
+    except RuntimeError as error:
+        raise ValueError(str(error).strip().splitlines()[-1]) from error
+
+
+def audio_seconds(path):
+    """Returns the duration: the header's if it states one, else that of the decoded audio."""
+    try:
+        with soundfile.SoundFile(path) as file:
+            seconds = header_seconds(file)
+    except (soundfile.LibsndfileError, TypeError, ValueError):
+        seconds = None  # decoding tells the reason, or knows better
+    return seconds or len(load_audio(path)) / SAMPLE_RATE
+
+
+def as_int16(waveform):
+    """Converts a waveform of float32 in [-1, 1] to int16; one of int16 stays as it is.
+
+    Raises ValueError for anything else, and for an empty one.
+    """
+    samples = np.asarray(waveform)
+    if samples.dtype == np.float32 and (abs(samples) <= 1).all():
+        samples = (samples * 32768).round().clip(-32768, 32767).astype(np.int16)
+    if samples.dtype != np.int16 or samples.ndim != 1 or len(samples) == 0:
+        raise ValueError("expected a waveform (n_samples,) of int16, or of float32 in [-1, 1]")
+    return samples
 
 
 def render_chat(tokenizer, prompt):
-    """The LLM's chat template around a user turn of speech and prompt, as three texts:
+    """Renders the LLM's chat template with one user turn, which is the speech and then the prompt.
 
-    what precedes the speech, what follows it up to the answer, the token that ends the answer.
+    Returns three strings: the text before the speech, the text between speech and answer, and the
+    token that ends the answer. Raises ValueError if the template has no place for one of them.
     """
-    options = {"tokenize": False, "enable_thinking": False}  # Qwen3 must not think aloud
+    options = {"tokenize": False, "enable_thinking": False}  # Qwen3 would think first
     turns = [{"role": "user", "content": f"<speech>{prompt}"}]
-    asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
+    prompt_text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
+    if prompt_text.count("<speech>") != 1:
+        raise ValueError("the template drops the user's turn, or --prompt contains <speech>")
+    prefix, suffix = prompt_text.split("<speech>")
     turns.append({"role": "assistant", "content": "<answer>"})
-    answered = tokenizer.apply_chat_template(turns, **options)
-    prefix, suffix = asked.split("<speech>")
-    # The special token behind an answer ends it; where a template has none, the eos token does
-    behind = tokenizer.tokenize(answered.split("<answer>")[-1])
-    special = [token for token in behind if token in tokenizer.get_added_vocab()]
-    return prefix, suffix, special[0] if special else tokenizer.eos_token
+    after_answer = tokenizer.apply_chat_template(turns, **options).split("<answer>")[-1]
+    control_tokens = tokenizer.get_added_vocab()
+    after_answer = [token for token in tokenizer.tokenize(after_answer) if token in control_tokens]
+    end = after_answer[0] if after_answer else tokenizer.eos_token
+    if end is None:
+        raise ValueError("no token ends an answer: neither the template nor the tokenizer has one")
+    return prefix, suffix, end
 
 
-class RowFormat:
-    """How speech and text are laid out in the LLM's input, in training and recognition alike:
+class PromptFormat:
+    """The sequence that the LLM reads, in training and in recognition:
 
-    prefix | speech embeddings | suffix (| transcript | end)
+    prefix | speech embeddings | suffix | transcript | end-of-turn token
 
-    prefix, suffix and end are render_chat's, saved with the projector, so that recognition sees the
-    prompt of training. What is a target is known by its place, never by its id: the LLM may pad
-    with its stop token.
+    prefix, suffix and the end-of-turn token come from render_chat. They are saved with the
+    projector, so that recognition uses the prompt of training. Targets are found by position,
+    never by token id, because some LLMs use the end-of-turn token as padding.
     """
 
-    def __init__(self, tokenizer, settings, n_audio_ctx):
-        self.tokenizer, self.all_speech = tokenizer, settings["all_speech_embeddings"]
-        self.prefix_ids, self.suffix_ids = map(self.tokenize, settings["chat"][:2])
-        self.end_id = tokenizer.convert_tokens_to_ids(settings["chat"][2])
-        self.samples_per_embedding = settings["projector_stride"] * N_SAMPLES_PER_TOKEN
-        self.max_speech = n_audio_ctx // settings["projector_stride"]  # 300 in Whisper's 30 s
-        self.max_samples = self.max_speech * self.samples_per_embedding
+    def __init__(self, tokenizer, settings, encoder, n_token_embeddings):
+        prefix, suffix, end_of_turn = settings["chat"]
+        self.tokenizer, self.n_token_embeddings = tokenizer, n_token_embeddings
+        self.prefix_ids, self.suffix_ids = self.tokenize(prefix), self.tokenize(suffix)
+        self.end_of_turn_id = tokenizer.convert_tokens_to_ids(end_of_turn)
+        self.samples_per_embedding = settings["projector_stride"] * encoder.samples_per_frame
+        self.max_embeddings = encoder.max_frames // settings["projector_stride"]  # 300 in 30 s
+        self.max_samples = self.max_embeddings * self.samples_per_embedding
 
-    def tokenize(self, text):
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def tokenize(self, text, **options):
+        """Returns token ids. Raises ValueError if the LLM has no embedding for one of them."""
+        ids = self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+        if max(ids, default=0) >= self.n_token_embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise ValueError(f"the LLM has no embedding for its token {token!r}")
+        return ids
 
-    def prompt(self, n_samples):
-        """Ids up to the transcript; SPEECH for each embedding that covers audio, or for all."""
-        covering = min(-(-n_samples // self.samples_per_embedding), self.max_speech)
-        n_speech = self.max_speech if self.all_speech else covering
-        return self.prefix_ids + [SPEECH] * n_speech + self.suffix_ids
+    def prompt_ids(self, n_samples):
+        """Returns the ids before the transcript, with SPEECH for each embedding that has audio."""
+        n_embeddings = -(-n_samples // self.samples_per_embedding)  # rounded up
+        speech = [SPEECH] * min(n_embeddings, self.max_embeddings)
+        return self.prefix_ids + speech + self.suffix_ids
 
-    def batch(self, waveforms, targets=None):
-        """B waveforms (n_samples,) int16, and in training lists of target ids -> a batch:
+    def target_ids(self, text):
+        """Returns the ids that the LLM has to predict: the transcript and the end-of-turn token."""
+        # "<|im_end|>" or "<unk>" in a transcript is text, not a control token
+        return [*self.tokenize(text, split_special_tokens=True), self.end_of_turn_id]
 
-        waveforms (all samples,) int16, concatenated: padding would be most of what workers
-        send; n_samples, a list: the host must know them without waiting for the GPU; input_ids
-        (B, T). In training rows are padded on the right, where nothing that comes before sees it,
-        and labels (B, K) are the targets, places (B, K) what predicts them. In recognition rows
-        are padded on the left, so that all go on from their ends.
+    def recognition_batch(self, waveforms):
+        """Builds a batch from B int16 waveforms, which it concatenates: padding would be waste.
+
+        input_ids (B, T) is padded on the left, so that every prompt ends where generation starts.
         """
         n_samples = [len(waveform) for waveform in waveforms]
-        batch = {"waveforms": torch.from_numpy(np.concatenate(waveforms)), "n_samples": n_samples}
-        prompts = [self.prompt(n) for n in n_samples]
-        if targets is None:
-            return batch | {"input_ids": pad(prompts, PAD, "left")}
-        rows = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
-        places = [range(len(p) - 1, len(row) - 1) for p, row in zip(prompts, rows, strict=True)]
-        batch |= {"labels": pad(targets, IGNORE), "places": pad(places, 0)}
-        return batch | {"input_ids": pad(rows, PAD)}
+        prompts = [self.prompt_ids(n) for n in n_samples]
+        return {
+            "input_ids": pad(prompts, PAD, side="left"),
+            # An array, because tensors would travel through /dev/shm, which is small in Docker
+            "waveforms": np.concatenate(waveforms),
+            "n_samples": n_samples,  # a list, because the host reads it without waiting for a GPU
+        }
 
-    def collate(self, utterances):
-        """Items of Utterances -> a training batch, and "errors": why some of them have no targets.
+    def training_batch(self, waveforms, targets):
+        """Builds a batch from B int16 waveforms and B lists of target ids.
 
-        Nothing is learned from these, and the batch keeps its size on every process.
+        input_ids (B, T) is padded on the right, where a causal LLM needs no attention mask.
+        labels (B, K): the target ids, or IGNORE_INDEX.
+        target_positions (B, K): the positions whose logits predict them.
         """
-        waveforms, targets, errors = [], [], []
-        for item in utterances:
-            error = item["error"]
-            if len(item["waveform"]) > self.max_samples:
-                error = f"{item['wav']}: longer than its duration says"
-            waveforms.append(item["waveform"][:1] if error else item["waveform"])
-            targets.append([] if error else [*self.tokenize(item["txt"]), self.end_id])
-            errors += [error] if error else []
-        return self.batch(waveforms, targets) | {"errors": errors}
+        batch = self.recognition_batch(waveforms)
+        sequences, positions = [], []
+        for n_samples, target in zip(batch["n_samples"], targets, strict=True):
+            prompt = self.prompt_ids(n_samples)
+            sequences.append(prompt + target)
+            positions.append(range(len(prompt) - 1, len(prompt) + len(target) - 1))
+        return {
+            **batch,
+            "input_ids": pad(sequences, PAD),
+            "labels": pad(targets, IGNORE_INDEX),
+            "target_positions": pad(positions, 0),
+        }
+
+    def collate(self, items):
+        """Builds a training batch from items of a SpeechDataset.
+
+        An item that cannot be used is reported, and stays in the batch without targets, so that
+        every process keeps the same batch size.
+        """
+        waveforms, targets = [], []
+        for item in items:
+            waveform, error = item["waveform"], item["error"]
+            if len(waveform) > self.max_samples:
+                error = f"{item['wav']}: longer than the encoder's window"
+            if error:
+                print(f"Warning: skipped {error}", file=sys.stderr)
+            waveforms.append(waveform[:1] if error else waveform)
+            targets.append([] if error else self.target_ids(item["txt"]))
+        return self.training_batch(waveforms, targets)
 
 
-def pad(lists, value, side="right"):
-    """Lists of integers -> (B, length of the longest)."""
-    rows = [torch.tensor(numbers, dtype=torch.long) for numbers in lists]
-    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+def pad(sequences, value, side="right"):
+    """Pads lists of integers to a tensor (B, longest)."""
+    tensors = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+
+class InputError(SystemExit):
+    """A mistake in the user's input. The message names the file, line or flag and what is expected.
+
+    If it is not caught, it ends the script with status 1 and its message, without a traceback.
+    """
+
+
+@contextlib.contextmanager
+def as_input_error(expected):
+    """Re-raises an exception as InputError("<expected> (<cause>)").
+
+    Use it only around code that reads what the user typed or provided.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise InputError(f"{expected} ({cause})") from error
+
+
+def check_minimum(args, **minimums):
+    """Raises InputError if one of these flags is below its minimum."""
+    for name, minimum in minimums.items():
+        if not getattr(args, name) >= minimum:  # also refuses nan
+            raise InputError(f"--{name} {getattr(args, name)}: expected {minimum} or more")

@@ -1,192 +1,249 @@
 """Trains the projector between a frozen Whisper encoder and a frozen LLM.
 
-One GPU:   python train.py --llm_model_name_or_path Qwen2-1.5B-Instruct \\
-               --whisper_model_name_or_path large --data_path train.jsonl --bf16 --output_dir out
-8 GPUs:    torchrun --standalone --nnodes=1 --nproc_per_node=8 train.py ... \\
-               --deepspeed ds_config_zero3.json
+One GPU:   python train.py --llm_model_name_or_path Qwen/Qwen2-1.5B-Instruct \\
+               --whisper_model_name_or_path large-v2 --data_path train.jsonl --bf16 \\
+               --learning_rate 1e-3 --warmup_steps 200 --output_dir out
+8 GPUs:    torchrun --standalone --nnodes=1 --nproc_per_node=8 train.py ...
 2 nodes:   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_id=west --rdzv_backend=c10d \\
                --rdzv_endpoint=HOST:29400 train.py ...        (the same line on each node)
 
-It also takes the flags of transformers.TrainingArguments, except those in UNSUPPORTED. The same
-command started again goes on from the newest complete checkpoint of --output_dir.
+Add --deepspeed ds_config_zero3.json for an LLM that does not fit on one GPU. The flags of
+transformers.TrainingArguments work too, except those in REQUIRED_VALUES. The same command, started
+again, resumes from the latest complete checkpoint in --output_dir.
 """
 
 import contextlib
 import gc
 import json
-import sys
-from dataclasses import dataclass, field
+import math
+import warnings
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from safetensors.torch import save_file
+from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from dataset import InputError, Utterances, parse_flags
-from model import ModelArguments, compile_layers, fetch_whole_layers, load_speech_llm
+from dataset import InputError, SpeechDataset, as_input_error, check_minimum
+from model import ModelArguments, ProjectorArguments, check_finite, load_speech_llm, save_projector
 
-UNSUPPORTED = "label_smoothing_factor", "neftune_noise_alpha", "batch_eval_metrics"
+# Flags that would change or hide the loss, which the model computes itself
+REQUIRED_VALUES = {
+    "label_smoothing_factor": 0,
+    "neftune_noise_alpha": None,
+    "batch_eval_metrics": False,
+    "prediction_loss_only": False,
+    "eval_do_concat_batches": True,
+}
 
 
 @dataclass(kw_only=True)
 class TrainingArguments(transformers.TrainingArguments):
-    data_path: str  # jsonl of {"wav": ..., "txt": ...}
-    eval_data_path: str | None = None  # likewise, for the evaluation's loss and token accuracy
-    model_max_length: int = 512  # of a row, in tokens and speech embeddings
-    compile: bool = torch.cuda.is_available()  # the LLM's layers
-    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
-    # Recipes still use the names of transformers 4. A warm-up below 1 is a ratio
-    eval_strategy: str = field(default="no", metadata={"aliases": "--evaluation_strategy"})
-    warmup_steps: float = field(default=0, metadata={"aliases": "--warmup_ratio"})
-    remove_unused_columns: bool = False  # "wav" and "txt" are not arguments of the model
-    ddp_find_unused_parameters: bool | None = False
-    logging_nan_inf_filter: bool = False  # would wait for the GPU at each step, and hide a NaN
+    data_path: str = HfArg(help='jsonl of {"wav": path, "txt": transcript, "duration": seconds}')
+    eval_data_path: str | None = HfArg(default=None, help="jsonl for evaluation, of the same form")
+    model_max_length: int = HfArg(default=512, help="skip longer sequences of text and speech")
+    compile: bool = HfArg(default=torch.cuda.is_available(), help="torch.compile the LLM")
 
     def __post_init__(self):
-        for name in UNSUPPORTED:
-            if getattr(self, name):
-                raise ValueError(f"--{name} does not work with this model")
-        # Without a GPU, transformers would let torchrun's processes each train alone
+        check_minimum(self, per_device_train_batch_size=1, per_device_eval_batch_size=1)
+        check_minimum(self, gradient_accumulation_steps=1)
+        for name, value in REQUIRED_VALUES.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"--{name} {getattr(self, name)} does not work with this model")
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError("--train_sampling_strategy batch_rebalance is not supported")
+        if self.eval_strategy != "no" and not self.eval_data_path:
+            raise ValueError(f"--eval_strategy {self.eval_strategy} needs --eval_data_path")
+        if Path(self.output_dir or "").is_file():
+            raise ValueError(f"--output_dir {self.output_dir} is a file")
+        if self.resume_from_checkpoint == "True":
+            self.resume_from_checkpoint = None  # the default is the latest checkpoint
+        # Without a GPU, torchrun's processes would not form a group and would each train alone
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
-        self._n_gpu = 1  # a process drives one GPU; without torchrun Trainer would drive them all
+        self._n_gpu = 1  # one GPU per process; a single process of Trainer would take all
 
 
-class LengthSampler(LengthGroupedSampler):
-    """Its order depends on the seed and the epoch alone, so that a resumed run repeats it."""
-
-    def __init__(self, trainer):
-        self.args, self.trainer = trainer.args, trainer
-        n_grouped = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        super().__init__(n_grouped, lengths=trainer.train_dataset.seconds)
-
-    def __iter__(self):
-        epoch = int(self.trainer.state.epoch or 0)
-        self.generator = torch.Generator().manual_seed(self.args.seed + epoch)
-        return super().__iter__()
+def parse_flags():
+    """Returns (ModelArguments, ProjectorArguments, TrainingArguments) from the command line."""
+    parser = HfArgumentParser((ModelArguments, ProjectorArguments, TrainingArguments))
+    # Names of transformers 4
+    parser.add_argument("--evaluation_strategy", dest="eval_strategy", help="as --eval_strategy")
+    parser.add_argument("--warmup_ratio", dest="warmup_steps", type=float, help="as --warmup_steps")
+    parser.set_defaults(
+        remove_unused_columns=False,  # the data collator needs "wav" and "txt"
+        logging_nan_inf_filter=False,  # it hides diverging, and waits for the GPU at every step
+        ddp_find_unused_parameters=False,
+    )
+    with as_input_error("wrong flags"):
+        return parser.parse_args_into_dataclasses()
 
 
 class ProjectorTrainer(transformers.Trainer):
-    """A Trainer whose checkpoints hold the projector and what resuming needs, nothing frozen."""
-
-    unreadable = frozenset()  # what was said of audio files that were skipped
+    """A Trainer whose checkpoints hold the projector and its training state, no frozen weights."""
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy == "group_by_length":
-            return LengthSampler(self)
+            return EpochLengthSampler(self.args, self.train_dataset.seconds)
         return super()._get_train_sampler(train_dataset)
 
-    def _get_eval_sampler(self, eval_dataset):  # Trainer's would look for lengths of input_ids
+    def _get_eval_sampler(self, eval_dataset):  # Trainer's would look for the lengths of input_ids
         return torch.utils.data.SequentialSampler(eval_dataset)
 
-    def _prepare_inputs(self, inputs):
-        for error in set(inputs.pop("errors")) - self.unreadable:
-            print(f"Warning: skipped {error}", file=sys.stderr)
-            self.unreadable |= {error}
-        return super()._prepare_inputs(inputs)
+    def log(self, logs, start_time=None):
+        super().log(logs, start_time)
+        # With fp16 a gradient may overflow: its scaler then skips the step
+        names = ["loss", "eval_loss"] if self.args.fp16 else ["loss", "eval_loss", "grad_norm"]
+        for name in names:
+            if not math.isfinite(logs.get(name, 0)):
+                raise InputError(
+                    f"step {self.state.global_step}: {name} is {logs[name]}: training has diverged;"
+                    " lower --learning_rate, or use --bf16 instead of --fp16"
+                )
 
     def save_model(self, output_dir=None, _internal_call=False):
         folder = Path(output_dir or self.args.output_dir)
-        whole = contextlib.nullcontext()
+        gathered = contextlib.nullcontext()
         if self.is_deepspeed_enabled:  # ZeRO-3 has partitioned the projector over all processes
             import deepspeed
 
-            whole = deepspeed.zero.GatheredParameters(list(self.model.projector.parameters()))
-        with whole:
+            gathered = deepspeed.zero.GatheredParameters(list(self.model.projector.parameters()))
+        with gathered:
+            with as_input_error(f"{folder}: not saved"):
+                check_finite(self.model.state_dict())
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
-                metadata = {"west": json.dumps(self.model.settings)}
-                save_file(self.model.state_dict(), folder / "model.safetensors", metadata)
+                save_projector(self.model, folder / "model.safetensors")
         if self.args.push_to_hub and not _internal_call:  # the final model, with a model card
             self.push_to_hub(tags=["west", "automatic-speech-recognition"])
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        if self.is_deepspeed_enabled:  # else DeepSpeed adds each rank's part of the frozen LLM
+        if self.is_deepspeed_enabled:  # else every process also saves its part of the frozen LLM
             engine = self.model_wrapped
             engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # so that trainer_state.json is the last of all
+        # Then trainer_state.json, which Trainer writes next, marks a complete checkpoint
+        self.accelerator.wait_for_everyone()
 
 
-def token_metrics(prediction):
-    """Per target token, whatever the batches were: predictions (utterances, 3) are token_sums."""
-    loss, n_targets, n_right = prediction.predictions.sum(axis=0, dtype=float)
-    return {"loss": loss / n_targets, "token_accuracy": n_right / n_targets}
+def compute_metrics(prediction):
+    """Returns loss and accuracy per target token, whatever the batches were.
 
-
-def step_to_resume(checkpoint):
-    """The step of a checkpoint, or 0 if something that resuming needs is missing.
-
-    trainer_state.json is written last; --save_only_model leaves out scheduler.pt.
+    prediction.predictions (utterances, 3): token_sums of SpeechLLM.forward.
     """
+    loss, n_targets, n_correct = prediction.predictions.sum(axis=0, dtype=float)
+    return {"loss": loss / n_targets, "token_accuracy": n_correct / n_targets}
+
+
+def saved_step(checkpoint):
+    """Returns the step of a checkpoint, or 0 if it lacks something that resuming needs."""
     with contextlib.suppress(OSError, ValueError):
+        # trainer_state.json is written last; --save_only_model writes no scheduler.pt
         if Path(checkpoint, "scheduler.pt").exists():
             return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
     return 0
 
 
-def checkpoint_to_resume(args):
-    """--resume_from_checkpoint, or the newest whole checkpoint of --output_dir, or "".
+def find_checkpoint(args):
+    """Returns --resume_from_checkpoint, else the latest complete one of --output_dir, else "".
 
-    Raises InputError where not all processes can resume from it.
+    Raises InputError unless every process can resume from it.
     """
-    whole = filter(step_to_resume, Path(args.output_dir).glob("checkpoint-*"))
-    newest = max(whole, key=step_to_resume, default="")
-    checkpoint = str(args.resume_from_checkpoint or newest)
-    found = gather_object([(checkpoint, step_to_resume(checkpoint))])  # by each process
-    if len(set(found)) > 1 or (checkpoint and not step_to_resume(checkpoint)):
+    complete = filter(saved_step, Path(args.output_dir).glob("checkpoint-*"))
+    latest = max(complete, key=saved_step, default="")
+    checkpoint = str(args.resume_from_checkpoint or latest)
+    seen_by_processes = set(gather_object([(checkpoint, saved_step(checkpoint))]))
+    if len(seen_by_processes) > 1 or (checkpoint and not saved_step(checkpoint)):
         raise InputError(
-            f"{checkpoint or args.output_dir}: expected a whole checkpoint that every process can "
-            "read. Nodes must share --output_dir; --save_only_model saves too little to resume"
+            f"{checkpoint or args.output_dir}: expected a complete checkpoint that every process "
+            "can read. Nodes must share --output_dir; --save_only_model saves too little to resume"
         )
-    n_saved = len(list(Path(checkpoint).glob("rng_state*.pth"))) if checkpoint else args.world_size
-    if args.deepspeed and n_saved != args.world_size:
-        raise InputError(f"{checkpoint}: saved by {n_saved} processes: start the same number")
+    if checkpoint and args.deepspeed:
+        n_processes = len(list(Path(checkpoint).glob("rng_state*.pth")))
+        if n_processes != args.world_size:
+            raise InputError(
+                f"{checkpoint}: saved by {n_processes} processes of DeepSpeed; resume with as many"
+            )
     return checkpoint
 
 
 def main():
-    model_args, args = parse_flags(ModelArguments, TrainingArguments)
+    model_args, projector_args, args = parse_flags()
     if args.deepspeed:
-        import deepspeed  # takes seconds
+        import deepspeed  # slow to import
 
-        deepspeed.init_distributed()  # which Trainer does not do with --use_cpu
+        deepspeed.init_distributed()  # Trainer does not do this with --use_cpu
+    print_once = PartialState().print  # on one process per node
     paths = [path for path in (args.data_path, args.eval_data_path) if path]
-    sets = [Utterances(path, training=True) for path in paths]
-    checkpoint = checkpoint_to_resume(args)
-    log = PartialState().print  # on a node's first process
+    datasets = [SpeechDataset(path, require_text=True) for path in paths]
+    checkpoint = find_checkpoint(args)
     if checkpoint:
         model_args.projector_model_path = f"{checkpoint}/model.safetensors"
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    model, rows = load_speech_llm(model_args, args.device, dtype, args.seed)
-    for utterances in sets:
-        n_out = utterances.leave_out_long(rows, args.model_max_length)
-        log(f"{utterances.path}: {len(utterances)} utterances; {n_out} are too long and left out")
-    log(f"{sum(p.numel() for p in model.projector.parameters())} parameters are trained")
-    log(f"Resuming from {checkpoint}" if checkpoint else "Starting from the first step")
-    if args.deepspeed:
-        fetch_whole_layers(model.llm)
-    if args.compile:
-        compile_layers(model.llm, recompute=args.gradient_checkpointing)
-        # One flag by two names, which Trainer would act upon once more
-        args.gradient_checkpointing = args.activation_checkpointing = False
-    trainer = ProjectorTrainer(model, args, rows.collate, *sets, compute_metrics=token_metrics)
+    model, prompts = load_speech_llm(model_args, args.device, dtype, args.seed, projector_args)
+    for dataset in datasets:
+        n_dropped = dataset.drop_long(prompts, args.model_max_length)
+        print_once(f"{dataset.path}: {len(dataset)} utterances, {n_dropped} skipped as too long")
+    n_parameters = sum(parameter.numel() for parameter in model.projector.parameters())
+    print_once(f"Training {n_parameters:,} parameters; settings: {model.settings}")
+    prepare_llm(model.llm, args)
+    trainer = ProjectorTrainer(
+        model, args, prompts.collate, *datasets, compute_metrics=compute_metrics
+    )
+    *_, max_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    if saved_step(checkpoint) >= max_steps:
+        print_once(f"Training is finished: {checkpoint} is at step {max_steps} of {max_steps}")
+        return
+    print_once(f"Resuming from {checkpoint}" if checkpoint else "Starting from step 0")
     trainer.train(resume_from_checkpoint=checkpoint or None)
     trainer.save_model()
-    if unreadable := set(gather_object(list(trainer.unreadable))):
-        log(f"skipped audio files: {len(unreadable)}")
+
+
+# The rest is for speed only. It can be deleted, together with its calls.
+
+
+class EpochLengthSampler(LengthGroupedSampler):
+    """Batches of similar length, in an order that depends only on the seed and the epoch.
+
+    So a run that resumes in the middle of an epoch repeats the order of that epoch.
+    """
+
+    def __init__(self, args, seconds):
+        self.seed = args.seed
+        super().__init__(args.train_batch_size * args.gradient_accumulation_steps, lengths=seconds)
+
+    def set_epoch(self, epoch):  # called by accelerate
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
+def prepare_llm(llm, args):
+    """Compiles each of the LLM's layers, and lets ZeRO-3 gather the weights of a layer together."""
+    if args.deepspeed:
+        import deepspeed
+
+        deepspeed.utils.set_z3_leaf_modules(llm, [GradientCheckpointingLayer])
+    if args.compile:
+        if args.gradient_checkpointing:
+            # Layers recompute their activations inside their graphs, instead of Trainer's way
+            torch._functorch.config.activation_memory_budget = 0
+            args.gradient_checkpointing = args.activation_checkpointing = False  # two names
+        for layer in llm.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.forward = torch.compile(layer.forward, dynamic=True)  # all share one graph
 
 
 if __name__ == "__main__":
+    # torch announces the new names of its collectives at every gather of DeepSpeed
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     main()
-    gc.collect()  # DDP must go first, or gloo's threads may wait for ever
-    PartialState().destroy_process_group()  # else they may abort the process as it exits
+    gc.collect()  # frees DDP before its process group, or gloo's threads may hang
+    PartialState().destroy_process_group()  # else they may crash the process at its exit
