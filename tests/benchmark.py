@@ -3,16 +3,20 @@
     python tests/benchmark.py --llm qwen2-1.5b --whisper large     (one GPU: the whole table)
     python tests/benchmark.py --llm tiny --whisper tiny            (a CPU: shows that it runs)
     python tests/benchmark.py ... --seconds 12.3 --only "train, best flags"
-    python tests/benchmark.py ... --gpus 2 --only train --extra "--deepspeed ds_config_zero3.json"
+    python tests/benchmark.py ... --gpus 2 --only "train, user" --extra "--deepspeed ds_config_zero3.json"
+    python tests/benchmark.py ... --only "train, user" --profile 40
 
-Random weights (speed and memory do not depend on the values), a byte-level tokenizer and noise, as
-16-bit wav and as Opus files, of the durations that speech has: a gamma distribution whose mean is
---seconds (4.7 as AISHELL-1, 12.3 as LibriSpeech) with a tail up to 30 s. Random LLMs never stop, so
-decoding is bounded by --max_new_tokens 50. Utterances per second are steady-state: without loading
-the models and without the first steps. "of matmul" is the floating-point rate of the necessary
-operations (encoder over its window, LLM forward and its backward to the activations, projector)
-over the rate of a plain 8192^3 bf16 matrix product measured in the same run. With --gpus all
-figures but the peak memory, which is one GPU's, are of all GPUs together.
+Models have random weights, on which speed and memory do not depend, and a byte-level tokenizer.
+Audio is noise, as 16-bit wav and as Opus files. Its durations follow a gamma distribution with a
+mean of --seconds (4.7 as in AISHELL-1, 12.3 as in LibriSpeech), between 1 and 30 s. A random LLM
+never stops, so decoding is limited by --max_new_tokens 50.
+
+Utterances per second do not count the loading of the models, nor the first third of the steps. The
+time of every optimizer step is printed, so that a warm-up that is too short can be seen.
+"of matmul" compares the floating-point operations that are necessary (encoder over its window, LLM
+forward and backward to its inputs, projector) with a bf16 matrix product of 8192 x 8192, measured
+in the same run. With --gpus all figures are those of all GPUs together, except the peak memory.
+--profile N also prints where micro-steps N and N + 1 spend the time of the host and of the GPU.
 """
 
 import argparse
@@ -25,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import cycle, islice, product
+from itertools import cycle, islice, pairwise, product
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -79,7 +83,8 @@ def build_world(folder, llm, whisper_name, durations, device):
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
     from whisper.model import ModelDimensions, Whisper
 
-    from model import Projector
+    from dataset import render_chat
+    from model import Projector, ProjectorArguments
 
     family = "llama3" if llm.startswith("llama") else "qwen2"
     classes = {"llama3": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
@@ -109,7 +114,8 @@ def build_world(folder, llm, whisper_name, durations, device):
     torch.save(weights, folder / "whisper.pt")
     for window in "full", "audio":
         tensors = {f"projector.{k}": v for k, v in Projector(state, hidden).state_dict().items()}
-        settings = {"encoder_window": window, "llm_model_name_or_path": str(folder / "llm")}
+        settings = vars(ProjectorArguments(encoder_window=window))
+        settings = {**settings, "chat": render_chat(tokenizer, settings["prompt"])}
         save_file(tensors, folder / f"{window}.safetensors", {"west": json.dumps(settings)})
 
     def write_audio(i):
@@ -126,18 +132,46 @@ def build_world(folder, llm, whisper_name, durations, device):
         (folder / f"{kind}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
 
 
+def profile_training(first):
+    """Lets Trainer profile two micro-steps and print where host and GPU spend their time."""
+    import transformers
+    from torch.profiler import ProfilerActivity, profile
+
+    training_step, n_steps = transformers.Trainer.training_step, 0
+    activities = [ProfilerActivity.CPU]
+    activities += [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    profiler = profile(activities=activities)
+
+    def profiled_step(*args, **kwargs):
+        nonlocal n_steps
+        if n_steps == first:
+            profiler.start()
+        loss = training_step(*args, **kwargs)
+        n_steps += 1
+        if n_steps == first + 2:
+            profiler.stop()
+            for order in ["self_cpu_time_total", "self_device_time_total"][: len(activities)]:
+                print(profiler.key_averages().table(sort_by=order, row_limit=25), flush=True)
+        return loss
+
+    if int(os.environ.get("RANK", 0)) == 0:
+        transformers.Trainer.training_step = profiled_step
+
+
 def child(script, arguments):
     """Runs a script with its arguments in this process, then prints its peak memory."""
     sys.argv = [script, *arguments]
     if not torch.cuda.is_available():
         sys.argv += ["--use_cpu"]
+    if first := int(os.environ.get("PROFILE_MICRO_STEP", 0)):
+        profile_training(first)
     runpy.run_path(script, run_name="__main__")
     if torch.cuda.is_available():
         print(f"PEAK {torch.cuda.max_memory_allocated() / 1e9:.1f} GB", flush=True)
 
 
 def measure(folder, script, flags, amount, window, kind, gpus):
-    """(utterances per second, peak memory) of one command."""
+    """Runs one command; returns its utterances per second and its peak of memory."""
     command = [sys.executable]
     if gpus > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
@@ -155,7 +189,7 @@ def measure(folder, script, flags, amount, window, kind, gpus):
         test.write_text("".join(islice(cycle(lines), amount)))
         command += ["--data_path", str(test), "--max_new_tokens", "50"]
         command += ["--projector_model_path", str(folder / f"{window}.safetensors")]
-        command += ["--encoder_window", window, "--result_path", f"{output}/result.txt"]
+        command += ["--result_path", f"{output}/result.txt"]
     command += flags.split()
     times, peak, wall, log = [], "-", None, []
     process = subprocess.Popen(
@@ -167,6 +201,8 @@ def measure(folder, script, flags, amount, window, kind, gpus):
             times.append(time.perf_counter())
         if match := re.search(r"PEAK (.*)", line):
             peak = match[1]
+        if "PROFILE_MICRO_STEP" in os.environ and re.search(r"^-----|CPU|::|[mu]s  ", line):
+            print(line, end="")
         if match := re.search(r"RTFx [\d.]+ \([\d.]+ s of audio in ([\d.]+) s", line):
             wall = float(match[1])
     if process.wait():
@@ -178,6 +214,8 @@ def measure(folder, script, flags, amount, window, kind, gpus):
     accumulation = re.findall(r"gradient_accumulation_steps (\d+)", flags)  # the last one counts
     batch = gpus * int(batch) * int([1, *accumulation][-1])
     skip = max(1, len(times) // 3)  # warming up
+    steps = " ".join(f"{1000 * (end - start):.0f}" for start, end in pairwise(times))
+    print(f"  ms per step, the first {skip} not counted: {steps}", flush=True)
     return batch * (len(times) - 1 - skip) / (times[-1] - times[skip]), peak
 
 
@@ -231,9 +269,12 @@ def main():
     parser.add_argument("--only-window", choices=["full", "audio"])
     parser.add_argument("--only-format", choices=["wav", "opus"])
     parser.add_argument("--extra", default="", help="more flags for every run")
+    parser.add_argument("--profile", type=int, help="profile two micro-steps of training")
     parser.add_argument("--world", help="a folder to keep models and audio in, for the next run")
     args = parser.parse_args()
     os.chdir(Path(__file__).parent.parent)
+    if args.profile:
+        os.environ["PROFILE_MICRO_STEP"] = str(args.profile)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(args.world or tempfile.mkdtemp())
     durations = make_durations(args.seconds, 2048 if device == "cuda" else 64)
