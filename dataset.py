@@ -6,9 +6,12 @@ log-mel spectrogram is computed in model.py.
 """
 
 import contextlib
+import ctypes
 import json
+import math
 import os
 import re
+import signal
 import sys
 from itertools import compress
 from multiprocessing.pool import ThreadPool
@@ -22,20 +25,21 @@ import whisper
 from torch.nn.utils.rnn import pad_sequence
 from whisper.audio import SAMPLE_RATE
 
-# Placeholders in input_ids for a speech embedding and for padding; no token has a negative id
+# In input_ids these mark a speech embedding and padding. They are no token ids
 SPEECH, PAD = -1, -2
 IGNORE_INDEX = -100  # a label that the loss ignores
-MAX_SECONDS = 1e6  # a longer duration is a mistake
+MAX_SECONDS = 1e6  # a longer duration, of over 11 days, is invalid
 
 
 class SpeechDataset(torch.utils.data.Dataset):
-    """The utterances of a jsonl.
+    """The utterances of a jsonl. Item i is line i as a dict, with three more keys:
 
-    Item i is line i as a dict, plus "index" (i), "waveform" (n_samples,) int16 at 16 kHz, and
-    "error". If the audio cannot be read, "error" says why and the waveform is a single zero.
+    "index": i
+    "waveform": (n_samples,) int16, 16 kHz; a single zero if the audio cannot be read
+    "error": None, or the reason why the audio cannot be read
 
     Lines are kept as text and parsed on access, so that a million of them fit in memory.
-    self.seconds holds the duration of each. Raises InputError if a line is invalid.
+    self.seconds holds their durations. Raises InputError if a line is invalid.
     """
 
     def __init__(self, path, require_text):
@@ -43,14 +47,18 @@ class SpeechDataset(torch.utils.data.Dataset):
         with as_input_error(f"{path}: cannot be read"), open(path, "rb") as file:
             self.lines = file.read().rstrip().splitlines()
         with ThreadPool(32) as pool:  # threads: opening files is I/O-bound
-            self.seconds = pool.map(self.duration_or_error, range(len(self.lines)))
-        errors = [str(error) for error in self.seconds if isinstance(error, InputError)]
+            durations = pool.map(self.duration_or_error, range(len(self.lines)))
+        errors = [str(error) for error in durations if isinstance(error, InputError)]
         if errors or not self.lines:
-            errors[10:] = [f"{path}: {len(errors)} of {len(self.lines)} lines are invalid"]
-            raise InputError("\n".join(errors))
+            summary = f"{path}: {len(errors)} of {len(self.lines)} lines are invalid"
+            raise InputError("\n".join([*errors[:10], summary]))
+        self.seconds = durations
 
     def duration_or_error(self, i):
-        """Returns the seconds of line i or, not raised, an InputError that names the line."""
+        """Returns the duration of line i, or an InputError that names the line.
+
+        The error is not raised, because a SystemExit in one of its threads would hang the pool.
+        """
         try:
             utterance = self.parse_line(i)
             return utterance.get("duration") or audio_seconds(utterance["wav"])
@@ -59,13 +67,14 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def parse_line(self, i):
         """Returns line i as a dict, with a path in "wav". Raises InputError if it is invalid."""
-        expected = 'expected {"wav": "a path", "txt": "its transcript"}'
-        with as_input_error(expected):
-            utterance = json.loads(self.lines[i])
+        line = self.lines[i]
+        with as_input_error('expected {"wav": "a path", "txt": "its transcript"}'):
+            utterance = json.loads(line)
             utterance["wav"] = os.path.join(os.path.dirname(self.path), utterance["wav"])
             text = utterance["txt"] if self.require_text else utterance.get("txt", "")
-            text.encode()  # fails for null and for half a surrogate pair
+            text.encode()  # raises an error for null and for half a surrogate pair
             duration = utterance.get("duration", 1)
+            # No isinstance, because true is an int
             if type(duration) not in (int, float) or not 0 < duration < MAX_SECONDS:
                 raise ValueError("duration is not a number of seconds")
         return utterance
@@ -74,6 +83,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         return len(self.lines)
 
     def __getitem__(self, i):
+        if torch.utils.data.get_worker_info():
+            end_with_parent()
         utterance = self.parse_line(i)
         try:
             waveform, error = load_audio(utterance["wav"], utterance.get("duration")), None
@@ -82,10 +93,10 @@ class SpeechDataset(torch.utils.data.Dataset):
         return {**utterance, "index": i, "waveform": waveform, "error": error}
 
     def drop_long(self, prompts, max_length):
-        """Drops audio that is longer than the encoder's window, and sequences over max_length.
+        """Drops utterances that do not fit the encoder's window or whose sequence is too long.
 
         Nothing is truncated. Returns the number of dropped utterances. Raises InputError if none
-        is left, or if the LLM has no embedding for a token of a transcript.
+        is left, or if a transcript has a token that the LLM has no embedding for.
         """
         keep = []
         for i, seconds in enumerate(self.seconds):
@@ -101,6 +112,15 @@ class SpeechDataset(torch.utils.data.Dataset):
         return keep.count(False)
 
 
+def end_with_parent():
+    """Lets Linux end this process, a DataLoader worker, when its parent has been killed.
+
+    Otherwise it would wait forever to send its batch through a full pipe, and occupy GPU memory.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # on other systems
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+
 def load_audio(path, stated_seconds=None):
     """Reads audio of any format, sampling rate and number of channels: (n_samples,) int16, 16 kHz.
 
@@ -108,7 +128,7 @@ def load_audio(path, stated_seconds=None):
     or is much shorter or longer than its header or stated_seconds says.
     """
     with as_input_error(f"{path}: cannot be decoded"):
-        os.stat(path)  # gives a clearer error for a missing file
+        os.stat(path)  # soundfile's error for a missing file is unclear
         try:
             with soundfile.SoundFile(path) as file:
                 samples = file.read(dtype="float32", always_2d=True)  # (n, channels)
@@ -135,10 +155,11 @@ def header_seconds(file):
     if file.format == "OGG" and Path(file.name).read_bytes().count(b"OggS\0\2") > 1:
         raise ValueError("several Ogg streams joined in one file; convert it, for example to flac")
     seconds = file.frames / file.samplerate
-    # Of a truncated file libsndfile counts what is there, and its log tells what the header says
-    match = re.search(r": (\d+) \(should be (\d+)\)", file.extra_info)
-    stated, actual = map(int, match.groups()) if match else (1, 1)
-    if actual < stated < 0x7FFFF000:  # larger sizes are the placeholders of streaming encoders
+    # For a truncated file, libsndfile counts only the frames that exist. Its log also has the size
+    # that the header states
+    size = re.search(r"(?:data|SSND|riff|[Ss]ize) +: (\d+) \(should be (\d+)\)", file.extra_info)
+    stated, actual = map(int, size.groups()) if size else (0, 0)
+    if actual < stated < 0x7FFF0000:  # a larger size is the placeholder of a streaming encoder
         seconds *= stated / actual
     return seconds if 0 < seconds < MAX_SECONDS else None
 
@@ -158,15 +179,15 @@ def audio_seconds(path):
     try:
         with soundfile.SoundFile(path) as file:
             seconds = header_seconds(file)
-    except (soundfile.LibsndfileError, TypeError, ValueError):
-        seconds = None  # decoding tells the reason, or knows better
+    except Exception:
+        seconds = None  # load_audio finds the duration, or raises the right error
     return seconds or len(load_audio(path)) / SAMPLE_RATE
 
 
 def as_int16(waveform):
-    """Converts a waveform of float32 in [-1, 1] to int16; one of int16 stays as it is.
+    """Converts a float32 waveform in [-1, 1] to int16. An int16 waveform is returned unchanged.
 
-    Raises ValueError for anything else, and for an empty one.
+    Raises ValueError for anything else, and for an empty waveform.
     """
     samples = np.asarray(waveform)
     if samples.dtype == np.float32 and (abs(samples) <= 1).all():
@@ -177,12 +198,13 @@ def as_int16(waveform):
 
 
 def render_chat(tokenizer, prompt):
-    """Renders the LLM's chat template with one user turn, which is the speech and then the prompt.
+    """Renders the LLM's chat template with one user turn: the speech, followed by the prompt.
 
     Returns three strings: the text before the speech, the text between speech and answer, and the
     token that ends the answer. Raises ValueError if the template has no place for one of them.
     """
-    options = {"tokenize": False, "enable_thinking": False}  # Qwen3 would think first
+    # Without enable_thinking=False, Qwen3 writes its reasoning before the answer
+    options = {"tokenize": False, "enable_thinking": False}
     turns = [{"role": "user", "content": f"<speech>{prompt}"}]
     prompt_text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
     if prompt_text.count("<speech>") != 1:
@@ -191,8 +213,8 @@ def render_chat(tokenizer, prompt):
     turns.append({"role": "assistant", "content": "<answer>"})
     after_answer = tokenizer.apply_chat_template(turns, **options).split("<answer>")[-1]
     control_tokens = tokenizer.get_added_vocab()
-    after_answer = [token for token in tokenizer.tokenize(after_answer) if token in control_tokens]
-    end = after_answer[0] if after_answer else tokenizer.eos_token
+    end_tokens = [token for token in tokenizer.tokenize(after_answer) if token in control_tokens]
+    end = end_tokens[0] if end_tokens else tokenizer.eos_token
     if end is None:
         raise ValueError("no token ends an answer: neither the template nor the tokenizer has one")
     return prefix, suffix, end
@@ -204,17 +226,17 @@ class PromptFormat:
     prefix | speech embeddings | suffix | transcript | end-of-turn token
 
     prefix, suffix and the end-of-turn token come from render_chat. They are saved with the
-    projector, so that recognition uses the prompt of training. Targets are found by position,
-    never by token id, because some LLMs use the end-of-turn token as padding.
+    projector, so that recognition uses the prompt of training. Targets are known by position,
+    never by token id, because some LLMs use the end-of-turn token as the padding token.
     """
 
     def __init__(self, tokenizer, settings, encoder, n_token_embeddings):
         prefix, suffix, end_of_turn = settings["chat"]
         self.tokenizer, self.n_token_embeddings = tokenizer, n_token_embeddings
         self.prefix_ids, self.suffix_ids = self.tokenize(prefix), self.tokenize(suffix)
-        self.end_of_turn_id = tokenizer.convert_tokens_to_ids(end_of_turn)
+        [self.end_of_turn_id] = self.tokenize(end_of_turn)  # one token
         self.samples_per_embedding = settings["projector_stride"] * encoder.samples_per_frame
-        self.max_embeddings = encoder.max_frames // settings["projector_stride"]  # 300 in 30 s
+        self.max_embeddings = encoder.max_frames // settings["projector_stride"]  # 300 for 30 s
         self.max_samples = self.max_embeddings * self.samples_per_embedding
 
     def tokenize(self, text, **options):
@@ -227,47 +249,40 @@ class PromptFormat:
 
     def prompt_ids(self, n_samples):
         """Returns the ids before the transcript, with SPEECH for each embedding that has audio."""
-        n_embeddings = -(-n_samples // self.samples_per_embedding)  # rounded up
+        n_embeddings = math.ceil(n_samples / self.samples_per_embedding)
         speech = [SPEECH] * min(n_embeddings, self.max_embeddings)
         return self.prefix_ids + speech + self.suffix_ids
 
     def target_ids(self, text):
         """Returns the ids that the LLM has to predict: the transcript and the end-of-turn token."""
-        # "<|im_end|>" or "<unk>" in a transcript is text, not a control token
+        # Split, because "<|im_end|>" or "<unk>" in a transcript is text, not a control token
         return [*self.tokenize(text, split_special_tokens=True), self.end_of_turn_id]
 
     def recognition_batch(self, waveforms):
-        """Builds a batch from B int16 waveforms, which it concatenates: padding would be waste.
+        """Builds a batch from B int16 waveforms.
 
         input_ids (B, T) is padded on the left, so that every prompt ends where generation starts.
         """
-        n_samples = [len(waveform) for waveform in waveforms]
-        prompts = [self.prompt_ids(n) for n in n_samples]
-        return {
-            "input_ids": pad(prompts, PAD, side="left"),
-            # An array, because tensors would travel through /dev/shm, which is small in Docker
-            "waveforms": np.concatenate(waveforms),
-            "n_samples": n_samples,  # a list, because the host reads it without waiting for a GPU
-        }
+        prompts = [self.prompt_ids(len(waveform)) for waveform in waveforms]
+        return {"input_ids": pad(prompts, PAD, side="left"), **audio_inputs(waveforms)}
 
     def training_batch(self, waveforms, targets):
         """Builds a batch from B int16 waveforms and B lists of target ids.
 
-        input_ids (B, T) is padded on the right, where a causal LLM needs no attention mask.
-        labels (B, K): the target ids, or IGNORE_INDEX.
-        target_positions (B, K): the positions whose logits predict them.
+        input_ids (B, T) is padded on the right: no token attends to padding, and the LLM needs no
+        attention mask. labels (B, K): target ids or IGNORE_INDEX. target_positions (B, K): the
+        positions whose logits predict the labels.
         """
-        batch = self.recognition_batch(waveforms)
         sequences, positions = [], []
-        for n_samples, target in zip(batch["n_samples"], targets, strict=True):
-            prompt = self.prompt_ids(n_samples)
-            sequences.append(prompt + target)
-            positions.append(range(len(prompt) - 1, len(prompt) + len(target) - 1))
+        for waveform, target_ids in zip(waveforms, targets, strict=True):
+            prompt = self.prompt_ids(len(waveform))
+            sequences.append(prompt + target_ids)
+            positions.append(range(len(prompt) - 1, len(prompt) + len(target_ids) - 1))
         return {
-            **batch,
             "input_ids": pad(sequences, PAD),
             "labels": pad(targets, IGNORE_INDEX),
             "target_positions": pad(positions, 0),
+            **audio_inputs(waveforms),
         }
 
     def collate(self, items):
@@ -286,6 +301,17 @@ class PromptFormat:
             waveforms.append(waveform[:1] if error else waveform)
             targets.append([] if error else self.target_ids(item["txt"]))
         return self.training_batch(waveforms, targets)
+
+
+def audio_inputs(waveforms):
+    """Returns the waveforms concatenated, because padding wastes memory, and their lengths."""
+    return {
+        # A numpy array reaches the main process through a pipe; a tensor would need /dev/shm,
+        # which is small in Docker
+        "waveforms": np.concatenate(waveforms),
+        # A list of integers can be read without waiting for the GPU
+        "n_samples": [len(waveform) for waveform in waveforms],
+    }
 
 
 def pad(sequences, value, side="right"):

@@ -6,6 +6,7 @@ the LLM, D_enc hidden size of the encoder. A frame is one output of the encoder,
 """
 
 import json
+import math
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.hf_argparser import HfArg
 from transformers.modeling_utils import local_torch_dtype
 from whisper.audio import HOP_LENGTH, N_FFT, N_SAMPLES_PER_TOKEN, mel_filters
@@ -52,13 +53,13 @@ class Projector(nn.Module):
 
 
 class SpeechLLM(nn.Module):
-    """A causal LLM that listens: its prompt has speech embeddings where input_ids have SPEECH.
+    """A causal LLM that reads speech embeddings at the SPEECH positions of input_ids.
 
     Only the projector is trained, saved and loaded. The encoder and the LLM are frozen.
     `settings` says how the model was built and is saved with the projector.
     """
 
-    # Trainer then passes num_items_in_batch, so that the loss is a mean over all target tokens
+    # This makes Trainer pass num_items_in_batch, and the loss a mean over all target tokens
     accepts_loss_kwargs = True
 
     def __init__(self, encoder, projector, llm, settings):
@@ -74,26 +75,30 @@ class SpeechLLM(nn.Module):
         of their B lengths.
         """
         frames = self.encoder(waveforms, n_samples)  # (B, n_frames, D_enc)
-        # Zeros complete the last stride
+        # Zeros complete the last stride, which the convolution would drop
         frames = F.pad(frames, (0, 0, 0, self.settings["projector_stride"]))
         speech = self.projector(frames.to(next(self.projector.parameters()).dtype))  # (B, N, D)
         text = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # (B, T, D)
         is_speech = (input_ids == SPEECH)[..., None]  # (B, T, 1)
-        index = (is_speech.cumsum(dim=1) - 1).clamp(min=0)  # the n-th SPEECH, the n-th embedding
-        return torch.where(is_speech, speech.to(text.dtype).take_along_dim(index, dim=1), text)
+        # The n-th SPEECH position takes the n-th speech embedding
+        index = (is_speech.cumsum(dim=1) - 1).clamp(min=0)
+        speech = speech.to(text.dtype).take_along_dim(index, dim=1)  # (B, T, D)
+        return torch.where(is_speech, speech, text)
 
     def forward(
         self, input_ids, waveforms, n_samples, labels, target_positions, num_items_in_batch=None
     ):
-        """Returns the cross-entropy of the labels, divided by the number of targets of the step.
+        """Returns "loss", the cross-entropy of the labels, and "token_sums".
 
-        labels (B, K): target ids or IGNORE_INDEX. target_positions (B, K): where each is predicted.
-        token_sums (B, 3), for evaluation: loss, number of targets, number predicted correctly.
+        labels (B, K): target ids or IGNORE_INDEX. target_positions (B, K): the positions whose
+        logits predict them. num_items_in_batch: the number of targets of the whole optimizer step,
+        by which the summed loss is divided; by default that of this batch. token_sums (B, 3), for
+        evaluation: the loss, the number of targets and the number predicted correctly.
         """
         embeds = self.embed(input_ids, waveforms, n_samples)
-        # No autocast: the LLM runs as it does in decoding
+        # Without autocast the LLM computes in its own dtype, as in recognition
         with torch.autocast(embeds.device.type, enabled=False):
-            # Logits at the targets only; at all positions they would take gigabytes
+            # Only the logits that predict a target: those of all positions would take gigabytes
             output = self.llm(
                 inputs_embeds=embeds, logits_to_keep=target_positions, use_cache=False
             )
@@ -118,7 +123,7 @@ class SpeechLLM(nn.Module):
         return self.llm.generate(inputs_embeds=embeds, attention_mask=mask, **generate_kwargs)
 
     def state_dict(self, *args, prefix="", **kwargs):
-        """Returns only the projector's tensors, so that nobody saves frozen weights."""
+        """Returns only the projector's tensors, so that checkpoints hold no frozen weights."""
         return self.projector.state_dict(*args, prefix=prefix + "projector.", **kwargs)
 
     def load_state_dict(self, state_dict, strict=True):
@@ -138,8 +143,9 @@ class SpeechLLM(nn.Module):
                     module.training = mode
         return self
 
-    def gradient_checkpointing_enable(self, **kwargs):
-        self.llm.gradient_checkpointing_enable(**kwargs)
+    def activation_checkpointing_enable(self, **kwargs):
+        self.llm.activation_checkpointing_enable(**kwargs)
+        self.eval()  # so that the next train() reaches the layers
 
 
 @dataclass
@@ -191,14 +197,16 @@ def load_settings(args, projector_args):
 
 def load_llm(name, dtype):
     """Returns (tokenizer, frozen LLM). Raises ValueError if the LLM cannot work on embeddings."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    config = llm.config.get_text_config()
+    tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
+    text_config = config.get_text_config()
+    # A checkpointed layer is in training mode, and OPT's and Falcon's apply dropout themselves
+    text_config.update({key: 0.0 for key in vars(text_config) if "drop" in key})
+    llm = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
     if "inputs_embeds" not in signature(llm.prepare_inputs_for_generation).parameters:
         raise ValueError(f"{type(llm).__name__} cannot generate from embeddings")
-    if getattr(config, "hidden_size_per_layer_input", 0):
+    if getattr(text_config, "hidden_size_per_layer_input", 0):
         raise ValueError(f"each layer of {type(llm).__name__} needs the token ids")
-    if llm.get_input_embeddings().embedding_dim != config.hidden_size:
+    if llm.get_input_embeddings().embedding_dim != text_config.hidden_size:
         raise ValueError(f"embeddings of {type(llm).__name__} are not of its hidden size")
     return tokenizer, llm
 
@@ -219,8 +227,7 @@ def load_speech_llm(args, device=None, dtype=None, seed=0, projector_args=None):
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     settings, llm_name = load_settings(args, projector_args), args.llm_model_name_or_path
-    # One process per node goes first, because Whisper's download has no lock. The LLM's has one,
-    # and under ZeRO-3 all processes must load it together
+    # One process of each node goes first, because Whisper's download has no lock
     with PartialState().local_main_process_first():
         window = settings["encoder_window"]
         encoder = SpeechEncoder(args.whisper_model_name_or_path, window, device, dtype)
@@ -231,7 +238,7 @@ def load_speech_llm(args, device=None, dtype=None, seed=0, projector_args=None):
         embedding = llm.get_input_embeddings()
         prompts = PromptFormat(tokenizer, settings, encoder, embedding.num_embeddings)
     keep_stop_tokens_only(llm, prompts.end_of_turn_id)
-    torch.manual_seed(seed)  # loading may have consumed random numbers
+    torch.manual_seed(seed)  # here, because loading may have consumed random numbers
     sizes = encoder.output_dim, embedding.embedding_dim, settings["projector_hidden_dim"]
     projector = Projector(*sizes, settings["projector_stride"])
     model = SpeechLLM(encoder, projector, llm, settings)
@@ -242,7 +249,7 @@ def load_speech_llm(args, device=None, dtype=None, seed=0, projector_args=None):
 
 
 def keep_stop_tokens_only(llm, end_of_turn_id):
-    """Removes sampling, penalties and all else from the LLM's generation config but stop tokens."""
+    """Replaces the LLM's generation config by one that has only stop tokens."""
     eos_ids = llm.generation_config.eos_token_id  # an id, a list or None
     stop_ids = {end_of_turn_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])} - {None}
     config = GenerationConfig(eos_token_id=list(stop_ids), pad_token_id=end_of_turn_id)
@@ -253,15 +260,18 @@ class SpeechEncoder:
     """Whisper's log-mel spectrogram and encoder, frozen. `name` is passed to whisper.load_model.
 
     Not an nn.Module, on purpose: DDP, DeepSpeed, the optimizer and checkpoints must not see it.
-    Another encoder can take its place; it needs the same constructor, call and attributes
-    (device, output_dim, samples_per_frame, max_frames). Raises InputError if it cannot be loaded.
+    Raises InputError if it cannot be loaded.
+
+    Another encoder can replace this class. It needs the same constructor and call, and the
+    attributes device, output_dim (D_enc), samples_per_frame and max_frames.
     """
 
     samples_per_frame = N_SAMPLES_PER_TOKEN  # 320: 20 ms at 16 kHz
 
     def __init__(self, name, window, device, dtype):
         expected = f"--whisper_model_name_or_path {name}: expected a Whisper model"
-        with as_input_error(expected), local_torch_dtype(dtype):  # not in float32 first
+        # Created in dtype at once: creating it in float32 first would double the peak of memory
+        with as_input_error(expected), local_torch_dtype(dtype):
             model = whisper.load_model(name, device="cpu")
         self.window, self.device, self.dtype = window, device, dtype
         self.n_mels, self.max_frames = model.dims.n_mels, model.dims.n_audio_ctx
@@ -269,7 +279,7 @@ class SpeechEncoder:
         self.encoder = model.encoder.eval().requires_grad_(False).to(device, dtype)
         for module in self.encoder.modules():
             if isinstance(module, nn.LayerNorm):
-                # One kernel in dtype; Whisper's subclass casts to float32 and back in three
+                # Whisper's subclass casts to float32 and back; nn.LayerNorm is a single kernel
                 module.__class__ = nn.LayerNorm
         self.hann_window = torch.hann_window(N_FFT).to(device)
 
@@ -280,7 +290,10 @@ class SpeechEncoder:
         waveforms: a numpy array; n_samples: a list of B lengths. Utterances of the same number of
         frames are encoded together, so that no frame depends on padding or on other utterances.
         """
-        waveforms = torch.from_numpy(waveforms).to(self.device).float() / 32768
+        waveforms = torch.from_numpy(waveforms)
+        if self.device.type == "cuda":
+            waveforms = waveforms.pin_memory()  # else the copy waits for the GPU's earlier work
+        waveforms = waveforms.to(self.device, non_blocking=True).float() / 32768
         waveforms = waveforms.split(n_samples)
         n_frames = [self.n_frames(n) for n in n_samples]
         encoded = [None] * len(waveforms)
@@ -294,16 +307,17 @@ class SpeechEncoder:
         return pad_sequence(encoded, batch_first=True)
 
     def n_frames(self, n_samples):
-        """Returns how many frames n_samples are encoded to: all 1500, or those of 2 s blocks."""
+        """Returns the number of frames: all 1500, or those of the audio, rounded up to 2 s."""
         if self.window == "full":
             return self.max_frames
-        n_blocks = -(-n_samples // (100 * self.samples_per_frame))  # of 100 frames, rounded up
-        return min(100 * n_blocks, self.max_frames)
+        n_steps = math.ceil(n_samples / (100 * self.samples_per_frame))  # of 100 frames, or 2 s
+        return min(100 * n_steps, self.max_frames)
 
     def encode(self, waveforms, n_frames):
         """Encodes a list of waveforms; returns their first n_frames frames (B, n_frames, D_enc).
 
-        The spectrogram and the convolutions see 30 s, as in Whisper; the blocks see n_frames.
+        The spectrogram and the convolutions see 30 s, as in Whisper. The transformer blocks see
+        only n_frames.
         """
         audio = pad_sequence(waveforms, batch_first=True)
         n_missing = self.max_frames * self.samples_per_frame - audio.shape[1]
@@ -316,10 +330,10 @@ class SpeechEncoder:
         return self.encoder.ln_post(x)
 
     def log_mel(self, audio):
-        """Returns log-mel spectrograms (B, n_mels, 2 * max_frames) of audio (B, samples) in 30 s.
+        """Returns log-mel spectrograms (B, n_mels, 2 * max_frames) of audio (B, n_samples) of 30 s.
 
-        Bit for bit those of whisper.log_mel_spectrogram, which would normalise the whole batch by
-        one maximum, and whose copy of the Hann window waits for the GPU at every call.
+        They equal those of whisper.log_mel_spectrogram bit for bit. That function cannot be used
+        here: it scales a whole batch by one maximum, and waits for the GPU at every call.
         """
         stft = torch.stft(audio, N_FFT, HOP_LENGTH, window=self.hann_window, return_complex=True)
         magnitudes = stft[..., :-1].abs() ** 2  # (B, 201, 2 * max_frames)

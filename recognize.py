@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise, takewhile
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Literal
 
 import jiwer
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from more_itertools import batched
+from more_itertools import batched, constrained_batches
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import RepetitionPenaltyLogitsProcessor
@@ -58,7 +59,8 @@ class DecodingArguments:
     dtype: Literal["float32", "bfloat16", "float16"] | None = HfArg(
         default=None, help="of the frozen models; if None, bfloat16 on a GPU, else float32"
     )
-    use_cpu: bool = HfArg(default=False, help="use no GPU")
+    # Without a GPU, torchrun's processes form a group only if this is set
+    use_cpu: bool = HfArg(default=not torch.accelerator.is_available(), help="use no GPU")
     num_workers: int = HfArg(default=min(4, os.cpu_count()), help="processes that load audio")
 
 
@@ -82,7 +84,7 @@ def transcribe(model, prompts, inputs, batch_size=64, **generate_kwargs):
     """
     if isinstance(inputs, str | Path):
         raise TypeError("expected a list of files or waveforms, not a single path")
-    segments = []  # pairs of (index of the input, waveform)
+    inputs, segments = list(inputs), []  # segments: pairs of (index of the input, waveform)
     for i, item in enumerate(inputs):
         waveform = load_audio(item) if isinstance(item, str | Path) else as_int16(item)
         segments += [(i, segment) for segment in split_at_pauses(waveform, prompts.max_samples)]
@@ -93,7 +95,7 @@ def transcribe(model, prompts, inputs, batch_size=64, **generate_kwargs):
         for i, (text, flag) in zip(indices, decoded, strict=True):
             texts[i].append(text)
             flags[i] = flags[i] or flag
-    return [(" ".join(" ".join(t).split()), flag) for t, flag in zip(texts, flags, strict=True)]
+    return [(" ".join(filter(None, t)), flag) for t, flag in zip(texts, flags, strict=True)]
 
 
 def split_at_pauses(waveform, max_samples):
@@ -127,20 +129,19 @@ def decode_batch(
             len(token_ids) // len(limits)
         )
 
-    processors = []
-    if repetition_penalty != 1:
-        # generate's own flag would spare as many new tokens as a prompt has padding
-        processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+    # generate's own flag would not apply to the first tokens of a padded sequence: it takes the
+    # length of the padding for that of a prompt, and does not penalise prompts
+    penalty = RepetitionPenaltyLogitsProcessor(float(repetition_penalty))
     sequences = model.generate(
         **prompts.recognition_batch(waveforms),
         max_new_tokens=max(limits),
         stopping_criteria=[at_limit],
-        logits_processor=processors,
+        logits_processor=[penalty],
         **generate_kwargs,
     )
     stop_ids = model.llm.generation_config.eos_token_id
     for token_ids, limit in zip(sequences.tolist(), limits, strict=True):
-        token_ids = token_ids[:limit]
+        token_ids = token_ids[:limit]  # the rest is padding, by the end-of-turn token
         text_ids = list(takewhile(lambda token_id: token_id not in stop_ids, token_ids))
         text = prompts.tokenizer.decode(text_ids, skip_special_tokens=True)
         text = " ".join(text.split())  # one line, whatever it contains
@@ -154,7 +155,8 @@ REFUSAL = re.compile(  # the LLM answers the user instead of transcribing
     r"|(抱歉|对不起|无法).{0,20}(转录|转写|音频中|语音内容)|作为.{0,10}(语言模型|AI助手)",
     re.IGNORECASE,
 )
-LOOP = re.compile(r"([^\s\d].{0,60}?)\1{7,}")  # eight times the same; not the zeros of 100000000
+# The same eight times in a row. It cannot start with a digit, or 100000000 would be a loop
+LOOP = re.compile(r"([^\s\d].{0,60}?)\1{7,}")
 
 
 def hallucination_flag(text, has_ended):
@@ -164,6 +166,7 @@ def hallucination_flag(text, has_ended):
     """
     if REFUSAL.search(text):
         return "refusal"
+    # The last repetition has no space behind it
     if LOOP.search(text + " ") or compression_ratio(text) > 2.4:  # the threshold of Whisper
         return "loop"
     return None if has_ended else "no stop"
@@ -206,7 +209,7 @@ def score(records, metric, normalize):
 
 
 def summarize(records, metric="auto", normalize=None):
-    """Returns the error rates of all and of the unflagged utterances, and the counts behind them.
+    """Returns the summary as text: error rates of all and of the unflagged utterances, and counts.
 
     records: lines of a jsonl with "hypothesis" and "flag". Those without "txt" are not scored.
     """
@@ -232,11 +235,14 @@ def summarize(records, metric="auto", normalize=None):
 def decode(model, prompts, dataset, args, generation_args, state):
     """Transcribes this process's share of a dataset; returns a list of records.
 
-    A record is an item of the dataset, with "hypothesis" and "flag" and without the waveform.
+    A record is an item of the dataset without its waveform, with "line" (its text in the jsonl),
+    "seconds" (of decoded audio), "hypothesis" and "flag".
     """
     longest_first = sorted(range(len(dataset)), key=lambda i: -dataset.seconds[i])
-    batches = list(batched(longest_first, args.batch_size))
-    batches = batches[state.process_index :: state.num_processes]
+    # A batch has at most 30 s of audio for each of its utterances, or long files would fill memory
+    limits = {"max_size": 30 * args.batch_size, "max_count": args.batch_size, "strict": False}
+    batches = constrained_batches(longest_first, get_len=dataset.seconds.__getitem__, **limits)
+    batches = list(batches)[state.process_index :: state.num_processes]
     options = {"collate_fn": list, "num_workers": args.num_workers}
     loader = DataLoader(dataset, batch_sampler=batches, **options)
     records = []
@@ -246,8 +252,9 @@ def decode(model, prompts, dataset, args, generation_args, state):
         for item, waveform, (text, flag) in zip(items, waveforms, results, strict=True):
             if item["error"]:
                 text, flag = "", "unreadable"
-            seconds = len(waveform) / SAMPLE_RATE
-            records.append({**item, "seconds": seconds, "hypothesis": text, "flag": flag})
+            item["line"] = dataset.lines[item["index"]]
+            item["seconds"] = len(waveform) / SAMPLE_RATE
+            records.append({**item, "hypothesis": text, "flag": flag})
     return records
 
 
@@ -268,8 +275,8 @@ def write_results(records, summary, arguments, args):
             unreadable.append(f"{line}: {record['error']}")
         if record["flag"]:
             details.append(f"{line}: {record['flag']}: {record['error'] or record['hypothesis']}")
-    write_file(f"{args.result_path}.report", "\n".join([*details, ""]))
     write_file(args.result_path, "".join(record["hypothesis"] + "\n" for record in records))
+    write_file(f"{args.result_path}.report", "\n".join([*details, ""]))
     return unreadable
 
 
@@ -280,9 +287,11 @@ def parse_flags():
     model_args, args, generation_args = arguments
     if not model_args.projector_model_path:
         raise InputError("--projector_model_path: expected a model.safetensors of train.py")
-    result = Path(args.result_path)
-    if (result.exists() and not result.is_file()) or not result.parent.is_dir():
-        raise InputError(f"--result_path {result}: expected a file in a folder that exists")
+    result = Path(args.result_path).resolve()  # of a link, the file behind it
+    with as_input_error(f"--result_path {result}: expected a file in a folder that can be written"):
+        TemporaryFile(dir=result.parent).close()  # fails now, not after decoding
+        if result.exists() and not result.is_file():
+            raise ValueError("not a file")
     check_minimum(args, batch_size=1, num_workers=0)
     check_minimum(generation_args, num_beams=1, max_new_tokens=0, no_repeat_ngram_size=0)
     check_minimum(generation_args, repetition_penalty=0.001)
@@ -293,9 +302,7 @@ def main():
     arguments = parse_flags()
     model_args, args, generation_args = arguments
     dataset = SpeechDataset(args.data_path, require_text=False)
-    # Without a GPU, torchrun's processes would not form a group and would each decode everything
-    use_cpu = args.use_cpu or not torch.accelerator.is_available()
-    state = PartialState(use_cpu, timeout=timedelta(days=30))  # processes wait for the slowest
+    state = PartialState(args.use_cpu, timeout=timedelta(days=30))  # processes wait for the slowest
     dtype = getattr(torch, args.dtype) if args.dtype else None
     model, prompts = load_speech_llm(model_args, state.device, dtype)
     start = time.perf_counter()
@@ -305,7 +312,7 @@ def main():
     if not state.is_main_process:
         return
     records.sort(key=lambda record: record["index"])
-    if [record["index"] for record in records] != list(range(len(dataset))):
+    if [record["line"] for record in records] != dataset.lines:
         raise InputError(f"{args.data_path}: read differently by the processes; nothing is written")
     seconds = sum(record["seconds"] for record in records)
     summary = summarize(records, args.metric, args.normalize)

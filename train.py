@@ -90,16 +90,21 @@ class ProjectorTrainer(transformers.Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy == "group_by_length":
-            return EpochLengthSampler(self.args, self.train_dataset.seconds)
+            return EpochLengthSampler(self)
         return super()._get_train_sampler(train_dataset)
 
     def _get_eval_sampler(self, eval_dataset):  # Trainer's would look for the lengths of input_ids
         return torch.utils.data.SequentialSampler(eval_dataset)
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        # No checkpoint is saved, and no older one deleted, before its loss is known to be finite
+        self.control.should_log |= self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def log(self, logs, start_time=None):
         super().log(logs, start_time)
         # With fp16 a gradient may overflow: its scaler then skips the step
-        names = ["loss", "eval_loss"] if self.args.fp16 else ["loss", "eval_loss", "grad_norm"]
+        names = ["loss", "eval_loss", "train_loss"] + ([] if self.args.fp16 else ["grad_norm"])
         for name in names:
             if not math.isfinite(logs.get(name, 0)):
                 raise InputError(
@@ -200,8 +205,8 @@ def main():
         model, args, prompts.collate, *datasets, compute_metrics=compute_metrics
     )
     *_, max_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
-    if saved_step(checkpoint) >= max_steps:
-        print_once(f"Training is finished: {checkpoint} is at step {max_steps} of {max_steps}")
+    if (step := saved_step(checkpoint)) >= max_steps:
+        print_once(f"Training is finished: {checkpoint} is at step {step} of {max_steps}")
         return
     print_once(f"Resuming from {checkpoint}" if checkpoint else "Starting from step 0")
     trainer.train(resume_from_checkpoint=checkpoint or None)
@@ -217,16 +222,23 @@ class EpochLengthSampler(LengthGroupedSampler):
     So a run that resumes in the middle of an epoch repeats the order of that epoch.
     """
 
-    def __init__(self, args, seconds):
-        self.seed = args.seed
-        super().__init__(args.train_batch_size * args.gradient_accumulation_steps, lengths=seconds)
+    def __init__(self, trainer):
+        self.trainer, args = trainer, trainer.args
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps
+        super().__init__(batch_size, lengths=trainer.train_dataset.seconds)
 
-    def set_epoch(self, epoch):  # called by accelerate
-        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+    def __iter__(self):
+        # Not by set_epoch: in a resumed epoch of several processes accelerate does not call it
+        epoch = int(self.trainer.state.epoch or 0)
+        self.generator = torch.Generator().manual_seed(self.trainer.args.seed + epoch)
+        return super().__iter__()
 
 
 def prepare_llm(llm, args):
     """Compiles each of the LLM's layers, and lets ZeRO-3 gather the weights of a layer together."""
+    # transformers asks the GPU in every forward pass whether sequences are packed, and waits for the
+    # answer, so that the host never runs ahead of the GPU. Our sequences are never packed
+    transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
     if args.deepspeed:
         import deepspeed
 

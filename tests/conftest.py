@@ -3,6 +3,7 @@
 Everything is made here or bundled in tests/tiny: no test needs a network, a GPU or ffmpeg.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,7 +18,6 @@ import psutil
 import pytest
 import soundfile
 import torch
-import whisper
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -54,43 +54,18 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} "
     "[/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-# family: (chat template, special tokens from id 0 on, bos, eos, pad, the token that ends a turn)
+# Special tokens, from id 0 on
+IM_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+LLAMA3_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>"]  # pad is eos
+LLAMA3_TOKENS += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+GEMMA_TOKENS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]  # the pad id is 0
+MISTRAL_TOKENS = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]  # no pad token
+# family: (chat template, special tokens, bos, eos, pad, the token that ends a turn)
 FAMILIES = {
-    "qwen2": (
-        CHATML,
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        None,
-        "<|im_end|>",
-        "<|endoftext|>",
-        "<|im_end|>",
-    ),
-    "llama3": (
-        LLAMA3,
-        [
-            *("<|begin_of_text|>", "<|end_of_text|>"),
-            *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-        ],
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        "<|end_of_text|>",  # the pad token is the eos token
-        "<|eot_id|>",
-    ),
-    "gemma": (
-        GEMMA,
-        ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
-        "<bos>",
-        "<eos>",
-        "<pad>",  # its id is 0
-        "<end_of_turn>",
-    ),
-    "mistral": (
-        MISTRAL,
-        ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"],
-        "<s>",
-        "</s>",
-        None,  # no pad token
-        "</s>",
-    ),
+    "qwen2": (CHATML, IM_TOKENS, None, "<|im_end|>", "<|endoftext|>", "<|im_end|>"),
+    "llama3": (LLAMA3, LLAMA3_TOKENS, *LLAMA3_TOKENS[:2], "<|end_of_text|>", "<|eot_id|>"),
+    "gemma": (GEMMA, GEMMA_TOKENS, "<bos>", "<eos>", "<pad>", "<end_of_turn>"),
+    "mistral": (MISTRAL, MISTRAL_TOKENS, "<s>", "</s>", None, "</s>"),
 }
 
 
@@ -216,9 +191,6 @@ def whisper_file(tmp_path_factory):
     return make_whisper(tmp_path_factory.mktemp("whisper") / "whisper.pt")
 
 
-assert whisper.audio.SAMPLE_RATE == 16000  # the durations above rest on it
-
-
 def wait_for(condition, process):
     """Returns when a condition is true; a process that ends before is a failure."""
     while not condition():
@@ -228,21 +200,14 @@ def wait_for(condition, process):
 
 def is_alive(process):
     """Whether a psutil.Process has not ended; a zombie has, and its new parent will notice."""
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def outlive(processes):
-    """Those that do not end after their parent. Ends them, and returns them.
-
-    Waits for 30 s, since a loader of PyTorch looks for its parent every 5 s.
-    """
-    for _ in range(300):
-        left = [process for process in processes if is_alive(process)]
-        if not left:
-            break
+    """Those that do not end within 30 s after their parent. Ends them, and returns them."""
+    deadline = time.monotonic() + 30
+    while (left := list(filter(is_alive, processes))) and time.monotonic() < deadline:
         time.sleep(0.1)
     for process in left:
         process.kill()

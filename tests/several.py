@@ -6,12 +6,10 @@ environment), "workers": which of torchrun's workers take part, "kill_when": a p
 "kill_after": seconds}.
 
 A worker does its runs one after the other, each in a fork that runs train.py as __main__, in a
-rendezvous of the run's own. All of a run's processes are killed by SIGKILL kill_after seconds after
+rendezvous of the run's own. All processes of a run are killed by SIGKILL kill_after seconds after
 kill_when exists, or PATIENCE after one of them has failed. Rank r writes its stdout to log.r, its
-stderr to log.r.err; its exit status, below 0 for a signal, is in log.r.status, the model's
-parameters before training are in log.r.pt, log.r.graphs says how many graphs were compiled, and
-log.r.left what of torch.distributed is left behind, log.r.checkpointed how many modules Trainer
-has told to checkpoint activations.
+stderr to log.r.err, its exit status (below 0 for a signal) to log.r.status, and what it knows of
+its model and of torch to log.r.pt (see note_model and start).
 """
 
 import gc
@@ -43,26 +41,28 @@ def as_flags(**values):
     return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
 
 
-def partition_everything():
-    """ds_config_zero3.json as a text, but with sizes for which no parameter is too small."""
+def zero3(**changes):
+    """Returns the flags of ZeRO-3 by ds_config_zero3.json with other values."""
     config = json.loads((ROOT / "ds_config_zero3.json").read_text())
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    config["zero_optimization"]["stage3_prefetch_bucket_size"] = 10_000
-    return json.dumps(config)
+    config["zero_optimization"].update(changes, stage3_prefetch_bucket_size=10_000)
+    return ["--deepspeed", json.dumps(config)]
 
 
-PARTITIONED = ["--deepspeed", partition_everything()]
+# No parameter of a tiny LLM stays gathered; by the json as it is, all do
+PARTITIONED = zero3(stage3_param_persistence_threshold=0)
 
 
 class Runs:
     """A folder of trainings, whose flags begin with those that they share."""
 
     def __init__(self, folder, shared_flags):
-        self.folder, self.list, self.outputs = folder, [], []
+        self.folder, self.list, self.outputs, self.recipes = folder, [], [], {}
         self.shared_flags = [*shared_flags, "--use_cpu", *as_flags(report_to="none")]
+        self.shared_flags += ["--disable_tqdm", "True"]
 
     def add(self, name, processes, flags, out=None, kill_when=None, kill_after=0):
         """Adds a run with --output_dir out, a folder named like the run if not given."""
+        self.recipes[name] = processes, flags
         out = out or name
         if out not in self.outputs:
             self.outputs.append(out)
@@ -98,24 +98,11 @@ class Runs:
     def statuses(self, name):
         return [int(path.read_text()) for path in sorted(self.folder.glob(f"{name}.*.status"))]
 
-    def started_from(self, name, rank=0):
-        """{"shapes": of all parameters, "projector": its tensors} before training."""
+    def notes(self, name, rank=0):
         return torch.load(f"{self.folder / name}.{rank}.pt")
 
-    def n_graphs(self, name, rank=0):
-        """How many graphs torch.compile has compiled in a run that has ended well."""
-        return int(Path(f"{self.folder / name}.{rank}.graphs").read_text())
-
-    def n_checkpointed(self, name, rank=0):
-        """How many modules Trainer has told to checkpoint activations."""
-        return int(Path(f"{self.folder / name}.{rank}.checkpointed").read_text())
-
-    def left(self, name):
-        """What of torch.distributed each process of a run that has ended well leaves behind."""
-        return [path.read_text() for path in sorted(self.folder.glob(f"{name}.*.left"))]
-
     def log_of(self, out, key):
-        """{step: value} of what the newest checkpoint of a folder logged under a key."""
+        """{step: value} of what the latest checkpoint of a folder logged under a key."""
         return log_of(self.folder / out, key)
 
     def projector(self, out):
@@ -123,25 +110,41 @@ class Runs:
         return self.folder / out / "model.safetensors"
 
 
-def note_parameters(trainer_train, path):
-    """Trainer.train that first, before there is an engine, saves what the parameters are."""
+def note_model(trainer_train, path):
+    """Wraps Trainer.train, which then saves notes on the model as it begins and as it has ended.
+
+    "shapes": {parameter: (its shape, its shape if gathered)} and "projector": its tensors, before
+    there is an engine. "gathered" and "partitioned": the parameters' sizes as training has ended.
+    "checkpointed": how many modules Trainer has told to checkpoint their activations.
+    """
 
     def note_and_train(self, *args, **kwargs):
         shapes = {
             name: (tuple(p.shape), tuple(getattr(p, "ds_shape", p.shape)))
             for name, p in self.model.named_parameters()
         }
-        torch.save({"shapes": shapes, "projector": self.model.projector.state_dict()}, path)
+        projector = {k: v.clone() for k, v in self.model.projector.state_dict().items()}
+        notes = {"shapes": shapes, "projector": projector}
+        torch.save(notes, path)
         output = trainer_train(self, *args, **kwargs)
-        n = sum(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
-        Path(path).with_suffix(".checkpointed").write_text(str(n))
+        notes |= {"gathered": {}, "partitioned": {}}
+        for name, p in self.model.named_parameters():
+            if hasattr(p, "ds_persist"):
+                assert p.ds_persist == (p.ds_status.name == "AVAILABLE") == (p.numel() > 0), name
+                notes["gathered" if p.ds_persist else "partitioned"][name] = p.ds_numel
+        modules = self.model.modules()
+        notes["checkpointed"] = sum(getattr(m, "gradient_checkpointing", False) for m in modules)
+        torch.save(notes, path)
         return output
 
     return note_and_train
 
 
 def start(run, log, port):
-    """The id of a process that runs train.py."""
+    """The id of a process that runs train.py. At a good end it adds two things to its notes.
+
+    "graphs": how many torch.compile has compiled. "left": what of torch.distributed is left.
+    """
     if child := os.fork():
         return child
     for path, stream in (log, 1), (f"{log}.err", 2):
@@ -152,16 +155,16 @@ def start(run, log, port):
     if run["processes"] == 1:
         os.environ.update(dict(zip(TORCHRUN, "0011", strict=False)))
     os.environ["MASTER_PORT"] = str(port)
-    Trainer.train = note_parameters(Trainer.train, f"{log}.pt")
+    Trainer.train = note_model(Trainer.train, f"{log}.pt")
     sys.argv = ["train.py", *run["flags"]]
     status = 1
     try:
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        Path(f"{log}.graphs").write_text(str(graphs))
         left = [type(x).__name__ for x in gc.get_objects() if type(x) is DistributedDataParallel]
         left += ["process group"] if torch.distributed.is_initialized() else []
-        Path(f"{log}.left").write_text(" ".join(left))
+        notes = torch.load(f"{log}.pt") if Path(f"{log}.pt").exists() else {}
+        notes["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        torch.save({**notes, "left": left}, f"{log}.pt")
         status = 0
     except SystemExit as end:  # as Python itself ends a script by these two
         print(end, file=sys.stderr)
