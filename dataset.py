@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 from itertools import compress
@@ -113,11 +114,11 @@ class SpeechDataset(torch.utils.data.Dataset):
 
 
 def end_with_parent():
-    """Lets Linux end this process, a DataLoader worker, when its parent has been killed.
+    """Makes Linux end this process, a DataLoader worker, when its parent has been killed.
 
     Otherwise it would wait forever to send its batch through a full pipe, and occupy GPU memory.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # on other systems
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # only Linux has prctl
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
@@ -304,14 +305,21 @@ class PromptFormat:
 
 
 def audio_inputs(waveforms):
-    """Returns the waveforms concatenated, because padding wastes memory, and their lengths."""
-    return {
-        # A numpy array reaches the main process through a pipe; a tensor would need /dev/shm,
-        # which is small in Docker
-        "waveforms": np.concatenate(waveforms),
-        # A list of integers can be read without waiting for the GPU
-        "n_samples": [len(waveform) for waveform in waveforms],
-    }
+    """Returns the waveforms, concatenated because padding wastes memory, and their lengths.
+
+    The lengths are a list, which the host reads without waiting for the GPU.
+    """
+    samples = np.concatenate(waveforms)
+    # Workers send tensors through /dev/shm, and training would hang if it were full. Docker gives
+    # it 64 MB. There the samples stay an array, which is sent through a pipe and is slower
+    if not shared_memory_is_scarce():
+        samples = torch.from_numpy(samples)
+    return {"waveforms": samples, "n_samples": [len(waveform) for waveform in waveforms]}
+
+
+def shared_memory_is_scarce():
+    """Returns whether /dev/shm has less than 1 GiB left."""
+    return Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free < 2**30
 
 
 def pad(sequences, value, side="right"):

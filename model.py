@@ -74,7 +74,7 @@ class SpeechLLM(nn.Module):
         input_ids (B, T). waveforms: the int16 samples of the batch, concatenated. n_samples: a list
         of their B lengths.
         """
-        frames = self.encoder(waveforms, n_samples)  # (B, n_frames, D_enc)
+        frames = self.encoder(torch.as_tensor(waveforms), n_samples)  # (B, n_frames, D_enc)
         # Zeros complete the last stride, which the convolution would drop
         frames = F.pad(frames, (0, 0, 0, self.settings["projector_stride"]))
         speech = self.projector(frames.to(next(self.projector.parameters()).dtype))  # (B, N, D)
@@ -133,19 +133,12 @@ class SpeechLLM(nn.Module):
         return self.projector.load_state_dict(tensors)
 
     def train(self, mode=True):
-        """Sets the mode of the projector; the frozen LLM stays in eval mode, without dropout."""
-        if self.training != mode:  # Trainer calls this at every step
-            super().train(mode)
-            self.llm.eval()
-            for module in self.llm.modules():
-                # transformers checkpoints the activations of a layer only in training mode
-                if getattr(module, "gradient_checkpointing", False):
-                    module.training = mode
-        return self
+        """Changes the mode only if it is another one: Trainer calls this at every step."""
+        return self if mode == self.training else super().train(mode)
 
     def activation_checkpointing_enable(self, **kwargs):
+        """Called by Trainer for --gradient_checkpointing."""
         self.llm.activation_checkpointing_enable(**kwargs)
-        self.eval()  # so that the next train() reaches the layers
 
 
 @dataclass
@@ -199,8 +192,9 @@ def load_llm(name, dtype):
     """Returns (tokenizer, frozen LLM). Raises ValueError if the LLM cannot work on embeddings."""
     tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
     text_config = config.get_text_config()
-    # A checkpointed layer is in training mode, and OPT's and Falcon's apply dropout themselves
-    text_config.update({key: 0.0 for key in vars(text_config) if "drop" in key})
+    # The LLM is frozen. It has no dropout and no jitter in training mode either, which it needs for
+    # gradient checkpointing
+    text_config.update({key: 0.0 for key in vars(text_config) if "drop" in key or "jitter" in key})
     llm = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
     if "inputs_embeds" not in signature(llm.prepare_inputs_for_generation).parameters:
         raise ValueError(f"{type(llm).__name__} cannot generate from embeddings")
@@ -287,13 +281,10 @@ class SpeechEncoder:
     def __call__(self, waveforms, n_samples):
         """Encodes concatenated int16 samples; returns frames (B, n_frames, D_enc), zero-padded.
 
-        waveforms: a numpy array; n_samples: a list of B lengths. Utterances of the same number of
-        frames are encoded together, so that no frame depends on padding or on other utterances.
+        waveforms: a tensor. n_samples: a list of B lengths. Utterances of the same number of frames
+        are encoded together, so that no frame depends on padding or on other utterances.
         """
-        waveforms = torch.from_numpy(waveforms)
-        if self.device.type == "cuda":
-            waveforms = waveforms.pin_memory()  # else the copy waits for the GPU's earlier work
-        waveforms = waveforms.to(self.device, non_blocking=True).float() / 32768
+        waveforms = waveforms.to(self.device).float() / 32768
         waveforms = waveforms.split(n_samples)
         n_frames = [self.n_frames(n) for n in n_samples]
         encoded = [None] * len(waveforms)

@@ -292,9 +292,11 @@ def parse_flags():
         TemporaryFile(dir=result.parent).close()  # fails now, not after decoding
         if result.exists() and not result.is_file():
             raise ValueError("not a file")
+        if result == Path(args.data_path).resolve():
+            raise ValueError("it is the --data_path")
     check_minimum(args, batch_size=1, num_workers=0)
     check_minimum(generation_args, num_beams=1, max_new_tokens=0, no_repeat_ngram_size=0)
-    check_minimum(generation_args, repetition_penalty=0.001)
+    check_minimum(generation_args, repetition_penalty=0.001, length_penalty=-math.inf)
     return arguments
 
 

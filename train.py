@@ -66,19 +66,20 @@ class TrainingArguments(transformers.TrainingArguments):
         # Without a GPU, torchrun's processes would not form a group and would each train alone
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        # Copies of pinned batches need not wait for the GPU
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
-        self._n_gpu = 1  # one GPU per process; a single process of Trainer would take all
+        self._n_gpu = 1  # one GPU per process; without torchrun, Trainer would use them all
 
 
 def parse_flags():
     """Returns (ModelArguments, ProjectorArguments, TrainingArguments) from the command line."""
     parser = HfArgumentParser((ModelArguments, ProjectorArguments, TrainingArguments))
-    # Names of transformers 4
+    # The names of two flags in transformers 4
     parser.add_argument("--evaluation_strategy", dest="eval_strategy", help="as --eval_strategy")
     parser.add_argument("--warmup_ratio", dest="warmup_steps", type=float, help="as --warmup_steps")
     parser.set_defaults(
         remove_unused_columns=False,  # the data collator needs "wav" and "txt"
-        logging_nan_inf_filter=False,  # it hides diverging, and waits for the GPU at every step
+        logging_nan_inf_filter=False,  # it would hide a NaN, and wait for the GPU at every step
         ddp_find_unused_parameters=False,
     )
     with as_input_error("wrong flags"):
@@ -213,11 +214,11 @@ def main():
     trainer.save_model()
 
 
-# The rest is for speed only. It can be deleted, together with its calls.
+# The rest is for speed only. It can be deleted together with its calls.
 
 
 class EpochLengthSampler(LengthGroupedSampler):
-    """Batches of similar length, in an order that depends only on the seed and the epoch.
+    """Makes batches of similar length, in an order that depends only on the seed and the epoch.
 
     So a run that resumes in the middle of an epoch repeats the order of that epoch.
     """
@@ -228,16 +229,17 @@ class EpochLengthSampler(LengthGroupedSampler):
         super().__init__(batch_size, lengths=trainer.train_dataset.seconds)
 
     def __iter__(self):
-        # Not by set_epoch: in a resumed epoch of several processes accelerate does not call it
+        # In a resumed epoch of several processes, accelerate does not call set_epoch
         epoch = int(self.trainer.state.epoch or 0)
-        self.generator = torch.Generator().manual_seed(self.trainer.args.seed + epoch)
+        seed = self.trainer.args.data_seed or self.trainer.args.seed
+        self.generator = torch.Generator().manual_seed(seed + epoch)
         return super().__iter__()
 
 
 def prepare_llm(llm, args):
     """Compiles each of the LLM's layers, and lets ZeRO-3 gather the weights of a layer together."""
-    # transformers asks the GPU in every forward pass whether sequences are packed, and waits for the
-    # answer, so that the host never runs ahead of the GPU. Our sequences are never packed
+    # In every forward pass transformers asks the GPU whether sequences are packed. While the host
+    # waits for the answer it cannot launch the LLM's layers. Our sequences are never packed
     transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
     if args.deepspeed:
         import deepspeed
@@ -245,9 +247,10 @@ def prepare_llm(llm, args):
         deepspeed.utils.set_z3_leaf_modules(llm, [GradientCheckpointingLayer])
     if args.compile:
         if args.gradient_checkpointing:
-            # Layers recompute their activations inside their graphs, instead of Trainer's way
+            # The graphs then recompute the activations; Trainer must not do so too. Its flag has
+            # two names
             torch._functorch.config.activation_memory_budget = 0
-            args.gradient_checkpointing = args.activation_checkpointing = False  # two names
+            args.gradient_checkpointing = args.activation_checkpointing = False
         for layer in llm.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.forward = torch.compile(layer.forward, dynamic=True)  # all share one graph

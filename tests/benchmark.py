@@ -3,7 +3,8 @@
     python tests/benchmark.py --llm qwen2-1.5b --whisper large     (one GPU: the whole table)
     python tests/benchmark.py --llm tiny --whisper tiny            (a CPU: shows that it runs)
     python tests/benchmark.py ... --seconds 12.3 --only "train, best flags"
-    python tests/benchmark.py ... --gpus 2 --only "train, user" --extra "--deepspeed ds_config_zero3.json"
+    python tests/benchmark.py ... --gpus 2 --only "train, user" \\
+        --extra "--deepspeed ds_config_zero3.json"
     python tests/benchmark.py ... --only "train, user" --profile 40
 
 Models have random weights, on which speed and memory do not depend, and a byte-level tokenizer.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole system in two commands on bundled synthetic speech: trains a projector, transcribes
-# held-out utterances. No network, no GPU; about 80 seconds on two CPU cores.
+# held-out utterances. No network, no GPU; about a minute on two CPU cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-$(mktemp -d)}
@@ -23,7 +23,7 @@ python - tests/tiny/test.jsonl "$out/result.txt" <<'END'
 import json, sys, jiwer
 lines = [json.loads(line) for line in open(sys.argv[1], encoding="utf-8")]
 texts = open(sys.argv[2], encoding="utf-8").read().splitlines()
-for name, what in ("sentences", "sentences never trained on"), ("voices", "nor these voices"):
+for name, what in ("sentences", "new sentences, voices seen in training"), ("voices", "new sentences in new voices"):
     pairs = [(u["txt"], text) for u, text in zip(lines, texts, strict=True) if u["set"] == name]
     print(f"\n{len(pairs)} {what}: WER {100 * jiwer.wer(*map(list, zip(*pairs))):.2f} %")
     for reference, hypothesis in pairs[:4]:

@@ -71,7 +71,9 @@ def noise(n_samples, seed=0, loudness=3000):
 
 def encode(encoder, waveforms):
     """Returns the encoder's frames of a list of waveforms."""
-    return encoder(np.concatenate(waveforms), [len(waveform) for waveform in waveforms])
+    return encoder(
+        torch.from_numpy(np.concatenate(waveforms)), [len(waveform) for waveform in waveforms]
+    )
 
 
 def training_batch(prompts, seconds=(0.7, 1.3), texts=("one", "two three")):
@@ -261,7 +263,7 @@ def made_up_encoder(rate):
             self.device = device
 
         def __call__(self, waveforms, n_samples):
-            waveforms = torch.from_numpy(waveforms).float().split(n_samples)
+            waveforms = waveforms.float().split(n_samples)
             waveforms = [F.pad(w, (0, -len(w) % self.output_dim)) for w in waveforms]
             audio = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
             return audio.view(len(waveforms), -1, self.output_dim) / 32768

@@ -22,9 +22,9 @@ import torch
 from conftest import ROOT, TINY, free_endpoint, run
 
 import model
-from dataset import Utterances, load_audio
-from model import ModelArguments
-from recognize import DecodingArguments, SearchArguments
+from dataset import SpeechDataset, load_audio
+from model import ModelArguments, ProjectorArguments
+from recognize import DecodingArguments, GenerationArguments
 from train import TrainingArguments
 
 PAGES = {path.name: path.read_text("utf-8") for path in ROOT.glob("docs/*.md")}
@@ -84,7 +84,7 @@ def test_aishell(tmp_path):
         "test": ("test/S0764/BAC009S0764W0121", "甚至出现交易几乎停滞的情况", 0.7),
     }
     for part, (name, text, seconds) in wanted.items():
-        utterances = Utterances(f"{tmp_path}/data_aishell/{part}.jsonl", training=True)
+        utterances = SpeechDataset(f"{tmp_path}/data_aishell/{part}.jsonl", True)
         assert [utterance["txt"] for utterance in utterances] == [text]
         assert utterances[0]["wav"] == f"{wavs}/{name}.wav"
         assert utterances[0]["duration"] == seconds
@@ -106,7 +106,7 @@ def test_librispeech(tmp_path):
     prepared("## LibriSpeech", tmp_path)
     wanted = {"train": trains, "dev": ["dev-clean", "dev-other"]}
     for name in "train", "dev", "test-clean", "test-other":
-        utterances = Utterances(f"{tmp_path}/LibriSpeech/{name}.jsonl", training=True)
+        utterances = SpeechDataset(f"{tmp_path}/LibriSpeech/{name}.jsonl", True)
         said = [
             text
             for part in wanted.get(name, [name])
@@ -121,9 +121,9 @@ def test_librispeech(tmp_path):
 def folder(tmp_path_factory):
     """Where README's commands find what they name: scripts, corpora of 16 lines, projectors."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in "train.py", "recognize.py", "ds_config_zero3.json", "tests":
-        (folder / name).symlink_to(ROOT / name)
-    (folder / "docs").mkdir()
+    for path in [*ROOT.glob("*.py"), ROOT / "ds_config_zero3.json", ROOT / "tests"]:
+        (folder / path.name).symlink_to(path)
+    shutil.copytree(ROOT / "docs", folder / "docs")
     for corpus in ".", "data_aishell", "LibriSpeech":
         (folder / corpus).mkdir(exist_ok=True)
         for name in "train", "dev", "test", "test-clean", "test-other":
@@ -151,12 +151,20 @@ def shell(commands, folder, **env):
     return run("bash", "-ec", commands, env=env, cwd=folder).stdout
 
 
-def test_train_and_recognize(folder):
-    """The two commands of "Train and recognize", the second with a checkpoint of the first."""
-    commands = snippet("README.md", "## Train and recognize", "bash").replace(
-        "checkpoint-600", "checkpoint-2"
-    )
-    assert "WER" in shell(commands, folder)
+def smaller(commands, *pairs):
+    """Commands in which each printed flag of (printed, small) pairs has become the small one."""
+    for printed, small in pairs:
+        assert printed in commands
+        commands = commands.replace(printed, small)
+    return commands
+
+
+@pytest.mark.parametrize("nth", range(2))
+def test_train_and_recognize(folder, nth):
+    """The commands for one GPU, and those for eight, which decode a checkpoint of the first."""
+    commands = snippet("README.md", "## Train and recognize", "bash", nth)
+    printed = [("--max_steps 2000", "--max_steps 2"), ("checkpoint-600", "checkpoint-2")][nth]
+    assert "WER" in shell(smaller(commands, printed), folder)
     assert len((folder / "result.txt").read_text().splitlines()) == 16
 
 
@@ -182,17 +190,9 @@ def test_decoding_commands(folder):
 
 
 def test_bundled_projector(folder, tmp_path):
-    command = snippet("README.md", "## Try it, on a laptop", "bash")
+    command = snippet("README.md", "## Try it on a laptop", "bash")
     output = shell(command.replace("/tmp/result.txt", f"{tmp_path}/result.txt"), folder)
     assert float(re.search(r"WER ([\d.]+)", output)[1]) < 2
-
-
-def smaller(commands, *pairs):
-    """Commands in which each printed flag of (printed, small) pairs has become the small one."""
-    for printed, small in pairs:
-        assert printed in commands
-        commands = commands.replace(printed, small)
-    return commands
 
 
 def test_figure(folder):
@@ -209,18 +209,44 @@ def test_figure(folder):
 
 
 def test_real_speech(folder):
-    """The command of the run on real speech, on the demo's models, and its figure."""
+    """The commands of our runs, then the test with the neighbour's audio, then the figure."""
     commands = smaller(
-        snippet("training.md", "## Real speech", "bash"),
-        ("train_under_5s.jsonl", "train.jsonl"),
-        ("dev_under_6s.jsonl", "dev.jsonl"),
-        ("--max_steps 4000", "--max_steps 2"),
-        ("--eval_steps 200", "--eval_steps 1"),
-        ("--save_steps 100", "--save_steps 2"),
-        ("--logging_steps 10", "--logging_steps 1"),
+        snippet("results.md", "## Our runs", "bash"),
+        ("--max_steps 2000", "--max_steps 2"),
+        ("--eval_steps 100", "--eval_steps 1"),
+        ("--save_steps 500", "--save_steps 2"),
     )
-    shell(commands, folder)
+    assert "WER" in shell(commands, folder)
+    losses = shell(snippet("training.md", "## Does the LLM use the audio?", "bash"), folder)
+    assert losses.count("'eval_loss'") == 2
+    shell(snippet("training.md", "## The plateau and the cliff", "bash"), folder)
     assert "</svg>" in (folder / "docs/real_curve.svg").read_text()
+
+
+@pytest.mark.parametrize("with_speakers", [True, False])
+def test_augmentation(tmp_path, with_speakers):
+    """Copies at other speeds and joined utterances: texts, durations, files and speakers fit."""
+    lines = [json.loads(line) for line in (TINY / "train.jsonl").read_text("utf-8").splitlines()]
+    lines = [line | {"wav": str(TINY / line["wav"])} for line in lines[:40]]
+    if with_speakers:
+        lines = [line | {"speaker": line["voice"]} for line in lines]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    code = snippet("recipes.md", "## More from little data", "python")
+    assert len(code.splitlines()) <= 40
+    run(sys.executable, "-c", code, cwd=tmp_path)
+    made = SpeechDataset(f"{tmp_path}/data/augmented.jsonl", True)
+    items = list(made)
+    assert all(item["error"] is None for item in items)
+    originals, copies, joined = items[:40], items[40:120], items[120:]
+    assert {item["txt"] for item in originals} == {line["txt"] for line in lines}
+    for copy, original in zip(copies, originals * 2, strict=True):
+        assert copy["txt"] == original["txt"]
+    ratios = [c["duration"] / o["duration"] for c, o in zip(copies, originals * 2, strict=True)]
+    assert ratios == pytest.approx([1 / 0.9] * 40 + [1 / 1.1] * 40, abs=0.01)
+    words = " ".join(item["txt"] for item in joined).split()
+    assert words == " ".join(item["txt"] for item in originals).split() * 3
+    assert len(joined) < 120 and max(item["duration"] for item in joined) < 30
 
 
 def test_wandb(folder):
@@ -245,29 +271,32 @@ def test_from_python():
     """The snippet prints what is said in its bundled recording, or nearly: its model is tiny."""
     code = snippet("README.md", "## From Python", "python")
     output = run(sys.executable, "-c", code).stdout
-    utterances = Utterances(f"{TINY}/test.jsonl", training=True)
-    parsed = [utterances.parse(i) for i in range(len(utterances))]
+    utterances = SpeechDataset(f"{TINY}/test.jsonl", True)
+    parsed = [utterances.parse_line(i) for i in range(len(utterances))]
     spoken = {utterance["wav"]: utterance["txt"] for utterance in parsed}
     reference = spoken[str(TINY / re.search(r"audio/[\w.-]+", code)[0])]
     assert jiwer.wer(reference, " ".join(re.findall(r"\b[a-z]+\b", output))) < 0.5
 
 
-def test_another_projector(llm, whisper_file, monkeypatch):
-    """The example projector takes Projector's place: it is built, trained on and saved."""
-    monkeypatch.setattr(
-        model, "Projector", model.Projector
-    )  # the example's own assignment ends here
-    exec(snippet("README.md", "## Where to change things", "python"), {})
-    cpu, fp32 = torch.device("cpu"), torch.float32
-    speech_llm, rows = model.load_speech_llm(ModelArguments(llm, whisper_file), cpu, fp32)
-    batch = rows.batch([np.zeros(8000, np.int16)], [[*rows.tokenize("one"), rows.end_id]])
-    speech_llm(**batch)["loss"].backward()
-    assert set(speech_llm.state_dict()) == {"projector.linear.weight", "projector.linear.bias"}
+def test_specaugment(llm, whisper_file, monkeypatch):
+    """The example encoder takes SpeechEncoder's place: it masks in training, and there alone."""
+    monkeypatch.setattr(model, "SpeechEncoder", model.SpeechEncoder)  # undoes the example's change
+    exec(snippet("README.md", "## Where to change things", "python"), {"__name__": "example"})
+    speech_llm, prompts = model.load_speech_llm(ModelArguments(llm, whisper_file), "cpu")
+    noise = np.random.default_rng(0).integers(-9999, 9999, 32000, dtype=np.int16)
+    batch = prompts.training_batch([noise], [prompts.target_ids("one two")])
+    with torch.no_grad():
+        plain = [speech_llm(**batch)["loss"].item() for _ in range(2)]
+    masked = [speech_llm.train()(**batch)["loss"] for _ in range(2)]
+    assert plain[0] == plain[1]
+    assert len({*plain, *(loss.item() for loss in masked)}) == 3
+    masked[0].backward()
     assert all(p.grad is not None for p in speech_llm.projector.parameters())
 
 
 @pytest.mark.parametrize(
-    "arguments", [ModelArguments, DecodingArguments, SearchArguments, TrainingArguments]
+    "arguments",
+    [ModelArguments, ProjectorArguments, TrainingArguments, DecodingArguments, GenerationArguments],
 )
 def test_every_flag_is_in_a_table(arguments):
     """Of train.TrainingArguments those that it declares itself."""
@@ -306,5 +335,5 @@ def test_first_page():
     """README.md can be read in two minutes, and its table counts the code lines of the modules."""
     assert len(README.splitlines()) <= 200 and len(README.split()) <= 1500
     table = dict(re.findall(r"^\| \[(\w+\.py)\]\(\w+\.py\) \| (\d+) \|", README, re.M))
-    modules = ["model.py", "dataset.py", "train.py", "recognize.py"]
+    modules = ["dataset.py", "model.py", "train.py", "recognize.py"]
     assert table == {name: str(code_lines(ROOT / name)) for name in modules}

@@ -154,16 +154,14 @@ def in_docker(parts, tmp_path_factory):
 
 
 def test_waveforms_do_not_fill_the_shared_memory(parts, in_docker):
-    """Training went on to its end where a batch of waveforms has 0.8 MB, and eight are prefetched.
-
-    It once hung for ever. What does go through /dev/shm, a batch's tensors, is small beside it.
-    """
+    """Training went on to its end where /dev/shm has less than the 0.8 MB of one batch, and eight
+    are prefetched. It once hung for ever. Where /dev/shm has room, waveforms go through it."""
     assert list(log_of(in_docker[1], "loss")) == [10]
     dataset = SpeechDataset(in_docker[0], require_text=True)
     _, prompts = load_speech_llm(ModelArguments(parts[1][1], parts[1][3]))
     batch = prompts.collate([dataset[i] for i in range(64)])
-    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
-    assert sum(tensor.nbytes for tensor in tensors) < batch["waveforms"].nbytes / 10 < 1e5
+    has_room = shutil.disk_usage("/dev/shm").free >= 2**30
+    assert isinstance(batch["waveforms"], torch.Tensor) == has_room
 
 
 def test_no_worker_outlives_a_killed_training(parts, in_docker, tmp_path):
