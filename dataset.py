@@ -39,8 +39,8 @@ class SpeechDataset(torch.utils.data.Dataset):
     "waveform": (n_samples,) int16, 16 kHz; a single zero if the audio cannot be read
     "error": None, or the reason why the audio cannot be read
 
-    Lines are kept as text and parsed on access, so that a million of them fit in memory.
-    self.seconds holds their durations. Raises InputError if a line is invalid.
+    Lines are kept unparsed, so that a million of them fit in memory. self.seconds holds their
+    durations. Raises InputError if a line is invalid, or has no "duration" and unreadable audio.
     """
 
     def __init__(self, path, require_text):
@@ -58,7 +58,7 @@ class SpeechDataset(torch.utils.data.Dataset):
     def duration_or_error(self, i):
         """Returns the duration of line i, or an InputError that names the line.
 
-        The error is not raised, because a SystemExit in one of its threads would hang the pool.
+        It is not raised: an InputError is a SystemExit, which would hang the pool of threads.
         """
         try:
             utterance = self.parse_line(i)
@@ -136,7 +136,8 @@ def load_audio(path, stated_seconds=None):
                 in_header = header_seconds(file)
             waveform = soxr.resample(samples.mean(axis=1), file.samplerate, SAMPLE_RATE)
         except (soundfile.LibsndfileError, TypeError) as error:
-            if getattr(error, "code", 1) != 1:  # 1: format not recognised. TypeError: no header
+            # ffmpeg tries what libsndfile does not know: code 1, or a TypeError for raw audio
+            if getattr(error, "code", 1) != 1:
                 raise
             waveform, in_header = decode_with_ffmpeg(path), None
         if len(waveform) == 0 or not np.isfinite(waveform).all():
@@ -156,11 +157,11 @@ def header_seconds(file):
     if file.format == "OGG" and Path(file.name).read_bytes().count(b"OggS\0\2") > 1:
         raise ValueError("several Ogg streams joined in one file; convert it, for example to flac")
     seconds = file.frames / file.samplerate
-    # For a truncated file, libsndfile counts only the frames that exist. Its log also has the size
-    # that the header states
+    # For a truncated file libsndfile counts only the frames that exist. Its log then has a line
+    # "data : STATED (should be ACTUAL)", in bytes
     size = re.search(r"(?:data|SSND|riff|[Ss]ize) +: (\d+) \(should be (\d+)\)", file.extra_info)
     stated, actual = map(int, size.groups()) if size else (0, 0)
-    if actual < stated < 0x7FFF0000:  # a larger size is the placeholder of a streaming encoder
+    if 0 < actual < stated < 0x7FFF0000:  # a larger size is the placeholder of a streaming encoder
         seconds *= stated / actual
     return seconds if 0 < seconds < MAX_SECONDS else None
 
@@ -212,9 +213,13 @@ def render_chat(tokenizer, prompt):
         raise ValueError("the template drops the user's turn, or --prompt contains <speech>")
     prefix, suffix = prompt_text.split("<speech>")
     turns.append({"role": "assistant", "content": "<answer>"})
-    after_answer = tokenizer.apply_chat_template(turns, **options).split("<answer>")[-1]
+    full_text = tokenizer.apply_chat_template(turns, **options)
+    if full_text.count("<answer>") != 1:
+        raise ValueError("the template drops the assistant's turn")
+    # The first control token after the answer ends the turn
     control_tokens = tokenizer.get_added_vocab()
-    end_tokens = [token for token in tokenizer.tokenize(after_answer) if token in control_tokens]
+    tokens = tokenizer.tokenize(full_text.split("<answer>")[1])
+    end_tokens = [token for token in tokens if token in control_tokens]
     end = end_tokens[0] if end_tokens else tokenizer.eos_token
     if end is None:
         raise ValueError("no token ends an answer: neither the template nor the tokenizer has one")

@@ -75,7 +75,8 @@ class SpeechLLM(nn.Module):
         of their B lengths.
         """
         frames = self.encoder(torch.as_tensor(waveforms), n_samples)  # (B, n_frames, D_enc)
-        # Zeros complete the last stride, which the convolution would drop
+        # The convolution drops an incomplete last stride, so zeros complete it. If it is complete,
+        # they make one embedding more, which is not used
         frames = F.pad(frames, (0, 0, 0, self.settings["projector_stride"]))
         speech = self.projector(frames.to(next(self.projector.parameters()).dtype))  # (B, N, D)
         text = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # (B, T, D)
@@ -98,7 +99,7 @@ class SpeechLLM(nn.Module):
         embeds = self.embed(input_ids, waveforms, n_samples)
         # Without autocast the LLM computes in its own dtype, as in recognition
         with torch.autocast(embeds.device.type, enabled=False):
-            # Only the logits that predict a target: those of all positions would take gigabytes
+            # Only the logits that predict a target, at (B, K) positions: all would take gigabytes
             output = self.llm(
                 inputs_embeds=embeds, logits_to_keep=target_positions, use_cache=False
             )
@@ -192,8 +193,8 @@ def load_llm(name, dtype):
     """Returns (tokenizer, frozen LLM). Raises ValueError if the LLM cannot work on embeddings."""
     tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
     text_config = config.get_text_config()
-    # The LLM is frozen. It has no dropout and no jitter in training mode either, which it needs for
-    # gradient checkpointing
+    # No dropout or jitter in the frozen LLM. It must be in training mode, because transformers
+    # checkpoints gradients in training mode only
     text_config.update({key: 0.0 for key in vars(text_config) if "drop" in key or "jitter" in key})
     llm = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
     if "inputs_embeds" not in signature(llm.prepare_inputs_for_generation).parameters:

@@ -122,15 +122,14 @@ def decode_batch(
     No result depends on the rest of the batch: every sequence has its own limit of tokens.
     """
     limits = [max_new_tokens or 20 + round(10 * len(w) / SAMPLE_RATE) for w in waveforms]
-    limit_of_sequence = torch.tensor(limits, device=model.encoder.device)
+    n_beams = generate_kwargs.get("num_beams", 1)
+    limit_of_beam = torch.tensor(limits, device=model.encoder.device).repeat_interleave(n_beams)
 
     def at_limit(token_ids, scores, **kwargs):  # token_ids (B * num_beams, new tokens)
-        return token_ids.shape[1] >= limit_of_sequence.repeat_interleave(
-            len(token_ids) // len(limits)
-        )
+        return token_ids.shape[1] >= limit_of_beam
 
-    # generate's own flag would not apply to the first tokens of a padded sequence: it takes the
-    # length of the padding for that of a prompt, and does not penalise prompts
+    # Not generate's own repetition_penalty: that one spares as many new tokens as a prompt has
+    # padding, as if they were the prompt
     penalty = RepetitionPenaltyLogitsProcessor(float(repetition_penalty))
     sequences = model.generate(
         **prompts.recognition_batch(waveforms),
@@ -141,7 +140,8 @@ def decode_batch(
     )
     stop_ids = model.llm.generation_config.eos_token_id
     for token_ids, limit in zip(sequences.tolist(), limits, strict=True):
-        token_ids = token_ids[:limit]  # the rest is padding, by the end-of-turn token
+        # The padding is cut off: it is end-of-turn tokens, as if the LLM had ended by itself
+        token_ids = token_ids[:limit]
         text_ids = list(takewhile(lambda token_id: token_id not in stop_ids, token_ids))
         text = prompts.tokenizer.decode(text_ids, skip_special_tokens=True)
         text = " ".join(text.split())  # one line, whatever it contains
@@ -173,7 +173,7 @@ def hallucination_flag(text, has_ended):
 
 
 def compression_ratio(text):
-    """Returns how many times zlib shortens a text whose characters are numbered, a byte for each.
+    """Returns how well zlib compresses a text, with each distinct character coded as one byte.
 
     In UTF-8, prose in a script of three bytes per character would look like a loop.
     """
@@ -296,7 +296,7 @@ def parse_flags():
             raise ValueError("it is the --data_path")
     check_minimum(args, batch_size=1, num_workers=0)
     check_minimum(generation_args, num_beams=1, max_new_tokens=0, no_repeat_ngram_size=0)
-    check_minimum(generation_args, repetition_penalty=0.001, length_penalty=-math.inf)
+    check_minimum(generation_args, repetition_penalty=0.001, length_penalty=-math.inf)  # no nan
     return arguments
 
 

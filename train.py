@@ -74,7 +74,7 @@ class TrainingArguments(transformers.TrainingArguments):
 def parse_flags():
     """Returns (ModelArguments, ProjectorArguments, TrainingArguments) from the command line."""
     parser = HfArgumentParser((ModelArguments, ProjectorArguments, TrainingArguments))
-    # The names of two flags in transformers 4
+    # The names of two flags in transformers 4. A warmup_steps below 1 is a share of all steps
     parser.add_argument("--evaluation_strategy", dest="eval_strategy", help="as --eval_strategy")
     parser.add_argument("--warmup_ratio", dest="warmup_steps", type=float, help="as --warmup_steps")
     parser.set_defaults(
@@ -98,7 +98,7 @@ class ProjectorTrainer(transformers.Trainer):
         return torch.utils.data.SequentialSampler(eval_dataset)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        # No checkpoint is saved, and no older one deleted, before its loss is known to be finite
+        # Log before every save: log() ends the run if the loss is not finite
         self.control.should_log |= self.control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
@@ -137,7 +137,7 @@ class ProjectorTrainer(transformers.Trainer):
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        # Then trainer_state.json, which Trainer writes next, marks a complete checkpoint
+        # After this wait Trainer writes trainer_state.json, which so marks a complete checkpoint
         self.accelerator.wait_for_everyone()
 
 
@@ -147,28 +147,32 @@ def compute_metrics(prediction):
     prediction.predictions (utterances, 3): token_sums of SpeechLLM.forward.
     """
     loss, n_targets, n_correct = prediction.predictions.sum(axis=0, dtype=float)
+    # "loss" replaces Trainer's own eval_loss, which is a mean over batches
     return {"loss": loss / n_targets, "token_accuracy": n_correct / n_targets}
 
 
 def saved_step(checkpoint):
     """Returns the step of a checkpoint, or 0 if it lacks something that resuming needs."""
     with contextlib.suppress(OSError, ValueError):
-        # trainer_state.json is written last; --save_only_model writes no scheduler.pt
-        if Path(checkpoint, "scheduler.pt").exists():
+        # --save_only_model writes no scheduler.pt; a scheduler of DeepSpeed's is in its own files
+        if any(Path(checkpoint, name).exists() for name in ("scheduler.pt", "latest")):
+            # Written last
             return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
     return 0
 
 
 def find_checkpoint(args):
-    """Returns --resume_from_checkpoint, else the latest complete one of --output_dir, else "".
+    """Returns the checkpoint to resume from and its step, or ("", 0).
 
-    Raises InputError unless every process can resume from it.
+    It is --resume_from_checkpoint, or else the latest complete one of --output_dir. Raises
+    InputError unless every process can resume from it.
     """
-    complete = filter(saved_step, Path(args.output_dir).glob("checkpoint-*"))
-    latest = max(complete, key=saved_step, default="")
+    steps = {str(path): saved_step(path) for path in Path(args.output_dir).glob("checkpoint-*")}
+    latest = max(filter(steps.get, steps), key=steps.get, default="")
     checkpoint = str(args.resume_from_checkpoint or latest)
-    seen_by_processes = set(gather_object([(checkpoint, saved_step(checkpoint))]))
-    if len(seen_by_processes) > 1 or (checkpoint and not saved_step(checkpoint)):
+    step = saved_step(checkpoint) if checkpoint else 0
+    seen_by_processes = set(gather_object([(checkpoint, step)]))
+    if len(seen_by_processes) > 1 or (checkpoint and not step):
         raise InputError(
             f"{checkpoint or args.output_dir}: expected a complete checkpoint that every process "
             "can read. Nodes must share --output_dir; --save_only_model saves too little to resume"
@@ -179,7 +183,7 @@ def find_checkpoint(args):
             raise InputError(
                 f"{checkpoint}: saved by {n_processes} processes of DeepSpeed; resume with as many"
             )
-    return checkpoint
+    return checkpoint, step
 
 
 def main():
@@ -191,7 +195,7 @@ def main():
     print_once = PartialState().print  # on one process per node
     paths = [path for path in (args.data_path, args.eval_data_path) if path]
     datasets = [SpeechDataset(path, require_text=True) for path in paths]
-    checkpoint = find_checkpoint(args)
+    checkpoint, step = find_checkpoint(args)
     if checkpoint:
         model_args.projector_model_path = f"{checkpoint}/model.safetensors"
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
@@ -205,8 +209,9 @@ def main():
     trainer = ProjectorTrainer(
         model, args, prompts.collate, *datasets, compute_metrics=compute_metrics
     )
+    # Trainer would train a finished run for one more step
     *_, max_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
-    if (step := saved_step(checkpoint)) >= max_steps:
+    if step >= max_steps:
         print_once(f"Training is finished: {checkpoint} is at step {step} of {max_steps}")
         return
     print_once(f"Resuming from {checkpoint}" if checkpoint else "Starting from step 0")
@@ -214,7 +219,7 @@ def main():
     trainer.save_model()
 
 
-# The rest is for speed only. It can be deleted together with its calls.
+# EpochLengthSampler and prepare_llm are for speed only. They can be deleted with their calls.
 
 
 class EpochLengthSampler(LengthGroupedSampler):
@@ -229,9 +234,10 @@ class EpochLengthSampler(LengthGroupedSampler):
         super().__init__(batch_size, lengths=trainer.train_dataset.seconds)
 
     def __iter__(self):
-        # In a resumed epoch of several processes, accelerate does not call set_epoch
+        # The epoch is Trainer's: accelerate does not call set_epoch in an epoch that is resumed
         epoch = int(self.trainer.state.epoch or 0)
-        seed = self.trainer.args.data_seed or self.trainer.args.seed
+        args = self.trainer.args
+        seed = args.seed if args.data_seed is None else args.data_seed
         self.generator = torch.Generator().manual_seed(seed + epoch)
         return super().__iter__()
 
@@ -247,8 +253,8 @@ def prepare_llm(llm, args):
         deepspeed.utils.set_z3_leaf_modules(llm, [GradientCheckpointingLayer])
     if args.compile:
         if args.gradient_checkpointing:
-            # The graphs then recompute the activations; Trainer must not do so too. Its flag has
-            # two names
+            # Compiled layers recompute activations by themselves, so that Trainer's flag, which has
+            # two names, is turned off
             torch._functorch.config.activation_memory_budget = 0
             args.gradient_checkpointing = args.activation_checkpointing = False
         for layer in llm.modules():

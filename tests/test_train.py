@@ -361,9 +361,10 @@ def test_a_projector_of_nan_is_not_resumed(ways, mistaken, tmp_path):
     assert len(message.splitlines()) == 1
 
 
-def order_of(lengths, batch_size, epoch, seed=42):
+def order_of(lengths, batch_size, epoch, seed=42, data_seed=None):
     """The order of an epoch, as a Trainer gets it that has drawn other random numbers before."""
-    args = SimpleNamespace(train_batch_size=batch_size, gradient_accumulation_steps=1, seed=seed)
+    seeds = {"seed": seed, "data_seed": data_seed}
+    args = SimpleNamespace(train_batch_size=batch_size, gradient_accumulation_steps=1, **seeds)
     dataset, state = SimpleNamespace(seconds=lengths), SimpleNamespace(epoch=epoch)
     torch.rand(1)
     trainer = SimpleNamespace(args=args, train_dataset=dataset, state=state)
@@ -378,6 +379,7 @@ def test_batches_of_like_length():
         order = order_of(lengths, 8, float(epoch), seed)
         assert sorted(order) == list(range(801))
         assert order_of(lengths, 8, epoch + 0.37, seed) == order
+        assert order_of(lengths, 8, float(epoch), seed=7, data_seed=seed) == order
         batches = [[lengths[i] for i in order[k : k + 8]] for k in range(0, 801, 8)]
         padded = sum(8 * max(batch) for batch in batches)
         assert sum(lengths) > 0.9 * padded  # about half is padding in a random order
