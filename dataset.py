@@ -214,12 +214,12 @@ def render_chat(tokenizer, prompt):
     prefix, suffix = prompt_text.split("<speech>")
     turns.append({"role": "assistant", "content": "<answer>"})
     full_text = tokenizer.apply_chat_template(turns, **options)
-    if full_text.count("<answer>") != 1:
+    _, answer, after_answer = full_text.rpartition("<answer>")
+    if not answer:
         raise ValueError("the template drops the assistant's turn")
     # The first control token after the answer ends the turn
     control_tokens = tokenizer.get_added_vocab()
-    tokens = tokenizer.tokenize(full_text.split("<answer>")[1])
-    end_tokens = [token for token in tokens if token in control_tokens]
+    end_tokens = [token for token in tokenizer.tokenize(after_answer) if token in control_tokens]
     end = end_tokens[0] if end_tokens else tokenizer.eos_token
     if end is None:
         raise ValueError("no token ends an answer: neither the template nor the tokenizer has one")

@@ -122,11 +122,11 @@ def decode_batch(
     No result depends on the rest of the batch: every sequence has its own limit of tokens.
     """
     limits = [max_new_tokens or 20 + round(10 * len(w) / SAMPLE_RATE) for w in waveforms]
-    n_beams = generate_kwargs.get("num_beams", 1)
-    limit_of_beam = torch.tensor(limits, device=model.encoder.device).repeat_interleave(n_beams)
+    limit_of_sequence = torch.tensor(limits, device=model.encoder.device)
 
-    def at_limit(token_ids, scores, **kwargs):  # token_ids (B * num_beams, new tokens)
-        return token_ids.shape[1] >= limit_of_beam
+    def at_limit(token_ids, scores, **kwargs):  # token_ids (B * number of candidates, new tokens)
+        n_candidates = len(token_ids) // len(limits)
+        return token_ids.shape[1] >= limit_of_sequence.repeat_interleave(n_candidates)
 
     # Not generate's own repetition_penalty: that one spares as many new tokens as a prompt has
     # padding, as if they were the prompt

@@ -95,6 +95,8 @@ def recognized(parts, data, result, **flags):
 def start(*command, **options):
     """Starts a process of the repository; its output can be read by communicate()."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT, **options}
+    # Tests that run in the background inherit an ignored Ctrl-C
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen([str(word) for word in command], text=True, **options)
 
 

@@ -258,17 +258,17 @@ def test_every_torn_trainer_state_is_recognised(runs, tmp_path):
     args = train.TrainingArguments(data_path="", output_dir=str(tmp_path), use_cpu=True)
     state = latest / "trainer_state.json"
     whole = state.read_bytes()
-    assert train.find_checkpoint(args) == str(latest)
+    assert train.find_checkpoint(args) == (str(latest), STEPS)
     for length in {*range(0, len(whole), 23), len(whole.rstrip()) - 1}:
         state.write_bytes(whole[:length])
-        assert train.find_checkpoint(args) == str(older)
+        assert train.find_checkpoint(args) == (str(older), 8)
     state.unlink()
-    assert train.find_checkpoint(args) == str(older)
+    assert train.find_checkpoint(args) == (str(older), 8)
     (older / "trainer_state.json").unlink()
-    assert not train.find_checkpoint(args)
+    assert train.find_checkpoint(args) == ("", 0)
     assert sorted(tmp_path.iterdir()) == [latest, older]
     args.output_dir = str(tmp_path / "absent")
-    assert not train.find_checkpoint(args)
+    assert train.find_checkpoint(args) == ("", 0)
 
 
 def add_runs_that_save_only_the_model(runs):
