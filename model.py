@@ -195,7 +195,8 @@ def load_llm(name, dtype):
     text_config = config.get_text_config()
     # No dropout or jitter in the frozen LLM. It must be in training mode, because transformers
     # checkpoints gradients in training mode only
-    text_config.update({key: 0.0 for key in vars(text_config) if "drop" in key or "jitter" in key})
+    rates = [key for key, value in vars(text_config).items() if isinstance(value, float)]
+    text_config.update({key: 0.0 for key in rates if "drop" in key or "jitter" in key})
     llm = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
     if "inputs_embeds" not in signature(llm.prepare_inputs_for_generation).parameters:
         raise ValueError(f"{type(llm).__name__} cannot generate from embeddings")
