@@ -178,12 +178,11 @@ def decode_with_ffmpeg(path):
 
 def audio_seconds(path):
     """Returns the duration: the header's if it states one, else that of the decoded audio."""
-    try:
-        with soundfile.SoundFile(path) as file:
-            seconds = header_seconds(file)
-    except Exception:
-        seconds = None  # load_audio finds the duration, or raises the right error
-    return seconds or len(load_audio(path)) / SAMPLE_RATE
+    # If this fails, load_audio finds the duration, or raises the right error
+    with contextlib.suppress(Exception), soundfile.SoundFile(path) as file:
+        if seconds := header_seconds(file):
+            return seconds
+    return len(load_audio(path)) / SAMPLE_RATE
 
 
 def as_int16(waveform):
