@@ -49,22 +49,22 @@ class SpeechDataset(torch.utils.data.Dataset):
             self.lines = file.read().rstrip().splitlines()
         with ThreadPool(32) as pool:  # threads: opening files is I/O-bound
             durations = pool.map(self.duration_or_error, range(len(self.lines)))
-        errors = [str(error) for error in durations if isinstance(error, InputError)]
+        errors = [error for error in durations if isinstance(error, str)]
         if errors or not self.lines:
             summary = f"{path}: {len(errors)} of {len(self.lines)} lines are invalid"
             raise InputError("\n".join([*errors[:10], summary]))
         self.seconds = durations
 
     def duration_or_error(self, i):
-        """Returns the duration of line i, or an InputError that names the line.
+        """Returns the duration of line i, or an error message that names the line.
 
-        It is not raised: an InputError is a SystemExit, which would hang the pool of threads.
+        No InputError is raised: it is a SystemExit, which would hang the pool of threads.
         """
         try:
             utterance = self.parse_line(i)
             return utterance.get("duration") or audio_seconds(utterance["wav"])
         except InputError as error:
-            return InputError(f"{self.path}:{i + 1}: {error}")
+            return f"{self.path}:{i + 1}: {error}"
 
     def parse_line(self, i):
         """Returns line i as a dict, with a path in "wav". Raises InputError if it is invalid."""
