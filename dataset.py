@@ -231,12 +231,14 @@ class PromptFormat:
     prefix | speech embeddings | suffix | transcript | end-of-turn token
 
     prefix, suffix and the end-of-turn token come from render_chat. They are saved with the
-    projector, so that recognition uses the prompt of training. Targets are known by position,
-    never by token id, because some LLMs use the end-of-turn token as the padding token.
+    projector as settings["chat"], so that recognition uses the prompt of training. Targets are
+    known by position, never by token id, because some LLMs use the end-of-turn token as the padding
+    token.
     """
 
     def __init__(self, tokenizer, settings, encoder, n_token_embeddings):
-        prefix, suffix, end_of_turn = settings["chat"]
+        self.chat = settings.get("chat") or render_chat(tokenizer, settings["prompt"])
+        prefix, suffix, end_of_turn = self.chat
         self.tokenizer, self.n_token_embeddings = tokenizer, n_token_embeddings
         self.prefix_ids, self.suffix_ids = self.tokenize(prefix), self.tokenize(suffix)
         [self.end_of_turn_id] = self.tokenize(end_of_turn)  # one token

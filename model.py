@@ -26,15 +26,7 @@ from transformers.hf_argparser import HfArg
 from transformers.modeling_utils import local_torch_dtype
 from whisper.audio import HOP_LENGTH, N_FFT, N_SAMPLES_PER_TOKEN, mel_filters
 
-from dataset import (
-    IGNORE_INDEX,
-    PAD,
-    SPEECH,
-    PromptFormat,
-    as_input_error,
-    check_minimum,
-    render_chat,
-)
+from dataset import IGNORE_INDEX, PAD, SPEECH, PromptFormat, as_input_error, check_minimum
 
 
 class Projector(nn.Module):
@@ -229,10 +221,9 @@ def load_speech_llm(args, device=None, dtype=None, seed=0, projector_args=None):
         encoder = SpeechEncoder(args.whisper_model_name_or_path, window, device, dtype)
     with as_input_error(f"--llm_model_name_or_path {llm_name}: expected an LLM with chat template"):
         tokenizer, llm = load_llm(llm_name, dtype)
-        if "chat" not in settings:
-            settings["chat"] = render_chat(tokenizer, settings["prompt"])
         embedding = llm.get_input_embeddings()
         prompts = PromptFormat(tokenizer, settings, encoder, embedding.num_embeddings)
+    settings["chat"] = prompts.chat
     keep_stop_tokens_only(llm, prompts.end_of_turn_id)
     torch.manual_seed(seed)  # here, because loading may have consumed random numbers
     sizes = encoder.output_dim, embedding.embedding_dim, settings["projector_hidden_dim"]
