@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import whisper
 from accelerate import PartialState
-from more_itertools import batched
+from more_itertools import always_iterable, batched
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
@@ -238,9 +238,8 @@ def load_speech_llm(args, device=None, dtype=None, seed=0, projector_args=None):
 def keep_stop_tokens_only(llm, end_of_turn_id):
     """Replaces the LLM's generation config by one that has only stop tokens."""
     eos_ids = llm.generation_config.eos_token_id  # an id, a list or None
-    stop_ids = {end_of_turn_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])} - {None}
-    config = GenerationConfig(eos_token_id=list(stop_ids), pad_token_id=end_of_turn_id)
-    llm.generation_config = config
+    stop_ids = list({end_of_turn_id, *always_iterable(eos_ids)})
+    llm.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=end_of_turn_id)
 
 
 class SpeechEncoder:
