@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import whisper
 from accelerate import PartialState
-from more_itertools import always_iterable, batched
+from more_itertools import always_iterable, batched, map_reduce
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
@@ -278,16 +278,15 @@ class SpeechEncoder:
         """
         waveforms = waveforms.to(self.device).float() / 32768
         waveforms = waveforms.split(n_samples)
-        n_frames = [self.n_frames(n) for n in n_samples]
-        encoded = [None] * len(waveforms)
+        indices = range(len(waveforms))
+        indices_by_length = map_reduce(indices, keyfunc=lambda i: self.n_frames(n_samples[i]))
+        encoded = {}  # index: frames
         with torch.autocast(self.device.type, enabled=False):  # the spectrogram needs float32
-            for length in sorted(set(n_frames)):
-                same_length = [i for i, n in enumerate(n_frames) if n == length]
+            for length, same_length in indices_by_length.items():
                 for chunk in batched(same_length, 64):  # bounds the memory
                     frames = self.encode([waveforms[i] for i in chunk], length)
-                    for i, utterance_frames in zip(chunk, frames, strict=True):
-                        encoded[i] = utterance_frames
-        return pad_sequence(encoded, batch_first=True)
+                    encoded.update(zip(chunk, frames, strict=True))
+        return pad_sequence([encoded[i] for i in indices], batch_first=True)
 
     def n_frames(self, n_samples):
         """Returns the number of frames: all 1500, or those of the audio, rounded up to 2 s."""
