@@ -302,8 +302,8 @@ class SpeechEncoder:
         only n_frames.
         """
         audio = pad_sequence(waveforms, batch_first=True)
-        n_missing = self.max_frames * self.samples_per_frame - audio.shape[1]
-        mel = self.log_mel(F.pad(audio, (0, n_missing))).to(self.dtype)  # (B, n_mels, 3000)
+        audio = whisper.pad_or_trim(audio, self.max_frames * self.samples_per_frame)
+        mel = self.log_mel(audio).to(self.dtype)  # (B, n_mels, 3000)
         x = F.gelu(self.encoder.conv1(mel))
         x = F.gelu(self.encoder.conv2(x)).transpose(1, 2)  # (B, max_frames, D_enc)
         x = (x + self.encoder.positional_embedding)[:, :n_frames].contiguous()
