@@ -136,9 +136,7 @@ class SpeechLLM(nn.Module):
 
 @dataclass
 class ModelArguments:
-    llm_model_name_or_path: str = HfArg(
-        help="a causal LLM with a chat template: hub name or folder"
-    )
+    llm_model_name_or_path: str = HfArg(help="a causal LLM with chat template: hub name or folder")
     whisper_model_name_or_path: str = HfArg(help="a model name of openai-whisper, or a file")
     projector_model_path: str | None = HfArg(
         default=None, help="a model.safetensors of train.py; in training, the one to start from"
