@@ -31,17 +31,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.hf_argparser import HfArg, HfArgumentParser
+from whisper.audio import SAMPLE_RATE
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
-from dataset import (
-    SAMPLE_RATE,
-    InputError,
-    SpeechDataset,
-    as_input_error,
-    as_int16,
-    check_minimum,
-    load_audio,
-)
+from dataset import InputError, SpeechDataset, as_input_error, as_int16, check_minimum, load_audio
 from model import ModelArguments, load_speech_llm
 
 
