@@ -26,7 +26,7 @@ import jiwer
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from more_itertools import batched, constrained_batches
+from more_itertools import batched, constrained_batches, flatten, split_into
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import RepetitionPenaltyLogitsProcessor
@@ -77,18 +77,19 @@ def transcribe(model, prompts, inputs, batch_size=64, **generate_kwargs):
     """
     if isinstance(inputs, str | Path):
         raise TypeError("expected a list of files or waveforms, not a single path")
-    inputs, segments = list(inputs), []  # segments: pairs of (index of the input, waveform)
-    for i, item in enumerate(inputs):
+    segments = []  # a list for each input
+    for item in inputs:
         waveform = load_audio(item) if isinstance(item, str | Path) else as_int16(item)
-        segments += [(i, segment) for segment in split_at_pauses(waveform, prompts.max_samples)]
-    texts, flags = [[] for _ in inputs], [None for _ in inputs]
-    for batch in batched(segments, batch_size):
-        indices, waveforms = zip(*batch, strict=True)
-        decoded = decode_batch(model, prompts, waveforms, **generate_kwargs)
-        for i, (text, flag) in zip(indices, decoded, strict=True):
-            texts[i].append(text)
-            flags[i] = flags[i] or flag
-    return [(" ".join(filter(None, t)), flag) for t, flag in zip(texts, flags, strict=True)]
+        segments.append(split_at_pauses(waveform, prompts.max_samples))
+    decoded = []
+    for batch in batched(flatten(segments), batch_size):
+        decoded += decode_batch(model, prompts, batch, **generate_kwargs)
+    results = []
+    for decoded_segments in split_into(decoded, map(len, segments)):
+        texts, flags = zip(*decoded_segments, strict=True)
+        flag = next(filter(None, flags), None)  # of the first flagged segment
+        results.append((" ".join(filter(None, texts)), flag))
+    return results
 
 
 def split_at_pauses(waveform, max_samples):
