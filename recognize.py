@@ -186,8 +186,8 @@ NORMALIZERS = {None: str, "english": EnglishTextNormalizer(), "basic": BasicText
 
 def choose_metric(references):
     """Returns "cer" if most letters of the references are of unspaced scripts, else "wer"."""
-    letters = [character for character in "".join(references) if character.isalpha()]
-    n_unspaced = sum(bool(UNSPACED_SCRIPTS.match(letter)) for letter in letters)
+    letters = "".join(filter(str.isalpha, "".join(references)))
+    n_unspaced = len(UNSPACED_SCRIPTS.findall(letters))
     return "cer" if 2 * n_unspaced > len(letters) else "wer"
 
 
