@@ -277,8 +277,7 @@ def write_results(records, summary, arguments, args):
 def parse_flags():
     parser = HfArgumentParser((ModelArguments, DecodingArguments, GenerationArguments))
     with as_input_error("wrong flags"):
-        arguments = parser.parse_args_into_dataclasses()
-    model_args, args, generation_args = arguments
+        model_args, args, generation_args = parser.parse_args_into_dataclasses()
     if not model_args.projector_model_path:
         raise InputError("--projector_model_path: expected a model.safetensors of train.py")
     result = Path(args.result_path).resolve()  # of a link, the file behind it
@@ -291,12 +290,11 @@ def parse_flags():
     check_minimum(args, batch_size=1, num_workers=0)
     check_minimum(generation_args, num_beams=1, max_new_tokens=0, no_repeat_ngram_size=0)
     check_minimum(generation_args, repetition_penalty=0.001, length_penalty=-math.inf)  # no nan
-    return arguments
+    return model_args, args, generation_args
 
 
 def main():
-    arguments = parse_flags()
-    model_args, args, generation_args = arguments
+    model_args, args, generation_args = parse_flags()
     dataset = SpeechDataset(args.data_path, require_text=False)
     state = PartialState(args.use_cpu, timeout=timedelta(days=30))  # processes wait for the slowest
     dtype = getattr(torch, args.dtype) if args.dtype else None
@@ -313,7 +311,7 @@ def main():
     seconds = sum(record["seconds"] for record in records)
     summary = summarize(records, args.metric, args.normalize)
     summary += f"\nRTFx {seconds / wall:.1f} ({seconds:.1f} s of audio in {wall:.1f} s)"
-    unreadable = write_results(records, summary, arguments, args)
+    unreadable = write_results(records, summary, [model_args, args, generation_args], args)
     print(summary)  # last, so that a closed pipe loses nothing
     if unreadable:
         message = "could not read these files; their lines in the result are empty:"
