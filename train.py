@@ -167,8 +167,8 @@ def find_checkpoint(args):
     It is --resume_from_checkpoint, or else the latest complete one of --output_dir. Raises
     InputError unless every process can resume from it.
     """
-    steps = {str(path): saved_step(path) for path in Path(args.output_dir).glob("checkpoint-*")}
-    latest = max(filter(steps.get, steps), key=steps.get, default="")
+    complete = filter(saved_step, Path(args.output_dir).glob("checkpoint-*"))
+    latest = max(complete, key=saved_step, default="")
     checkpoint = str(args.resume_from_checkpoint or latest)
     step = saved_step(checkpoint) if checkpoint else 0
     seen_by_processes = set(gather_object([(checkpoint, step)]))
