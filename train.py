@@ -64,7 +64,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.resume_from_checkpoint == "True":
             self.resume_from_checkpoint = None  # the default is the latest checkpoint
         # Without a GPU, torchrun's processes would not form a group and would each train alone
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.use_cpu |= not torch.accelerator.is_available()
         super().__post_init__()
         # Copies of pinned batches need not wait for the GPU
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
@@ -193,7 +193,7 @@ def main():
 
         deepspeed.init_distributed()  # Trainer does not do this with --use_cpu
     print_once = PartialState().print  # on one process per node
-    paths = [path for path in (args.data_path, args.eval_data_path) if path]
+    paths = filter(None, [args.data_path, args.eval_data_path])
     datasets = [SpeechDataset(path, require_text=True) for path in paths]
     checkpoint, step = find_checkpoint(args)
     if checkpoint:
