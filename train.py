@@ -203,12 +203,12 @@ def main():
     for dataset in datasets:
         n_dropped = dataset.drop_long(prompts, args.model_max_length)
         print_once(f"{dataset.path}: {len(dataset)} utterances, {n_dropped} skipped as too long")
-    n_parameters = sum(parameter.numel() for parameter in model.projector.parameters())
-    print_once(f"Training {n_parameters:,} parameters; settings: {model.settings}")
     prepare_llm(model.llm, args)
     trainer = ProjectorTrainer(
         model, args, prompts.collate, *datasets, compute_metrics=compute_metrics
     )
+    n_parameters = trainer.get_num_trainable_parameters()
+    print_once(f"Training {n_parameters:,} parameters; settings: {model.settings}")
     # Trainer would train a finished run for one more step
     *_, max_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     if step >= max_steps:
