@@ -231,14 +231,13 @@ class EpochLengthSampler(LengthGroupedSampler):
     def __init__(self, trainer):
         self.trainer, args = trainer, trainer.args
         batch_size = args.train_batch_size * args.gradient_accumulation_steps
+        self.seed = args.seed if args.data_seed is None else args.data_seed
         super().__init__(batch_size, lengths=trainer.train_dataset.seconds)
 
     def __iter__(self):
         # The epoch is Trainer's: accelerate does not call set_epoch in an epoch that is resumed
         epoch = int(self.trainer.state.epoch or 0)
-        args = self.trainer.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.generator = torch.Generator().manual_seed(seed + epoch)
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
         return super().__iter__()
 
 
