@@ -119,7 +119,7 @@ class ProjectorTrainer(transformers.Trainer):
         if self.is_deepspeed_enabled:  # ZeRO-3 has partitioned the projector over all processes
             import deepspeed
 
-            gathered = deepspeed.zero.GatheredParameters(list(self.model.projector.parameters()))
+            gathered = deepspeed.zero.GatheredParameters(self.model.projector.parameters())
         with gathered:
             with as_input_error(f"{folder}: not saved"):
                 check_finite(self.model.state_dict())
