@@ -122,14 +122,13 @@ def decode_batch(
         n_candidates = len(token_ids) // len(limits)
         return token_ids.shape[1] >= limit_of_sequence.repeat_interleave(n_candidates)
 
-    # Not generate's own repetition_penalty: that one spares as many new tokens as a prompt has
-    # padding, as if they were the prompt
-    penalty = RepetitionPenaltyLogitsProcessor(float(repetition_penalty))
     sequences = model.generate(
         **prompts.recognition_batch(waveforms),
         max_new_tokens=max(limits),
         stopping_criteria=[at_limit],
-        logits_processor=[penalty],
+        # Not generate's own repetition_penalty: that one spares as many new tokens as a prompt has
+        # padding, as if they were the prompt
+        logits_processor=[RepetitionPenaltyLogitsProcessor(float(repetition_penalty))],
         **generate_kwargs,
     )
     stop_ids = model.llm.generation_config.eos_token_id
