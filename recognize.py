@@ -102,7 +102,7 @@ def split_at_pauses(waveform, max_samples):
         end = cuts[-1] + max_samples
         n_frames = max_samples // 6 // frame_length
         start = end - n_frames * frame_length
-        frames = waveform[start:end].reshape(n_frames, frame_length).astype(float)
+        frames = waveform[start:end].reshape(-1, frame_length).astype(float)
         quietest = (frames**2).sum(axis=1).argmin()
         cuts.append(start + quietest * frame_length + frame_length // 2)
     return [waveform[start:end] for start, end in pairwise([*cuts, len(waveform)])]
