@@ -72,8 +72,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         with as_input_error('expected {"wav": "a path", "txt": "its transcript"}'):
             utterance = json.loads(line)
             utterance["wav"] = os.path.join(os.path.dirname(self.path), utterance["wav"])
-            text = utterance["txt"] if self.require_text else utterance.get("txt", "")
-            text.encode()  # raises an error for null and for half a surrogate pair
+            if self.require_text or "txt" in utterance:
+                utterance["txt"].encode()  # raises an error for null and half a surrogate pair
             duration = utterance.get("duration", 1)
             # No isinstance, because true is an int
             if type(duration) not in (int, float) or not 0 < duration < MAX_SECONDS:
