@@ -176,7 +176,7 @@ def load_settings(args, projector_args):
             saved = json.loads(safe_open(path, "pt").metadata()["west"])
             settings = {name: saved[name] for name in (*settings, "chat")}
     names = "llm_model_name_or_path", "whisper_model_name_or_path"
-    return {**{name: getattr(args, name) for name in names}, **settings}
+    return {name: getattr(args, name) for name in names} | settings
 
 
 def load_llm(name, dtype):
