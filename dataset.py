@@ -49,22 +49,22 @@ class SpeechDataset(torch.utils.data.Dataset):
             self.lines = file.read().rstrip().splitlines()
         with ThreadPool(32) as pool:  # threads: opening files is I/O-bound
             durations = pool.map(self.duration_or_error, range(len(self.lines)))
-        errors = [str(error) for error in durations if isinstance(error, InputError)]
+        errors = [error for error in durations if isinstance(error, str)]
         if errors or not self.lines:
             summary = f"{path}: {len(errors)} of {len(self.lines)} lines are invalid"
             raise InputError("\n".join([*errors[:10], summary]))
         self.seconds = durations
 
     def duration_or_error(self, i):
-        """Returns the duration of line i, or an InputError that names the line.
+        """Returns the duration of line i, or an error message that names the line.
 
-        It is not raised: an InputError is a SystemExit, which would hang the pool of threads.
+        No InputError is raised: it is a SystemExit, which would hang the pool of threads.
         """
         try:
             utterance = self.parse_line(i)
             return utterance.get("duration") or audio_seconds(utterance["wav"])
         except InputError as error:
-            return InputError(f"{self.path}:{i + 1}: {error}")
+            return f"{self.path}:{i + 1}: {error}"
 
     def parse_line(self, i):
         """Returns line i as a dict, with a path in "wav". Raises InputError if it is invalid."""
@@ -72,8 +72,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         with as_input_error('expected {"wav": "a path", "txt": "its transcript"}'):
             utterance = json.loads(line)
             utterance["wav"] = os.path.join(os.path.dirname(self.path), utterance["wav"])
-            text = utterance["txt"] if self.require_text else utterance.get("txt", "")
-            text.encode()  # raises an error for null and for half a surrogate pair
+            if self.require_text or "txt" in utterance:
+                utterance["txt"].encode()  # raises an error for null and half a surrogate pair
             duration = utterance.get("duration", 1)
             # No isinstance, because true is an int
             if type(duration) not in (int, float) or not 0 < duration < MAX_SECONDS:
@@ -178,12 +178,11 @@ def decode_with_ffmpeg(path):
 
 def audio_seconds(path):
     """Returns the duration: the header's if it states one, else that of the decoded audio."""
-    try:
-        with soundfile.SoundFile(path) as file:
-            seconds = header_seconds(file)
-    except Exception:
-        seconds = None  # load_audio finds the duration, or raises the right error
-    return seconds or len(load_audio(path)) / SAMPLE_RATE
+    # If this fails, load_audio finds the duration, or raises the right error
+    with contextlib.suppress(Exception), soundfile.SoundFile(path) as file:
+        if seconds := header_seconds(file):
+            return seconds
+    return len(load_audio(path)) / SAMPLE_RATE
 
 
 def as_int16(waveform):
@@ -232,12 +231,14 @@ class PromptFormat:
     prefix | speech embeddings | suffix | transcript | end-of-turn token
 
     prefix, suffix and the end-of-turn token come from render_chat. They are saved with the
-    projector, so that recognition uses the prompt of training. Targets are known by position,
-    never by token id, because some LLMs use the end-of-turn token as the padding token.
+    projector as settings["chat"], so that recognition uses the prompt of training. Targets are
+    known by position, never by token id, because some LLMs use the end-of-turn token as the padding
+    token.
     """
 
     def __init__(self, tokenizer, settings, encoder, n_token_embeddings):
-        prefix, suffix, end_of_turn = settings["chat"]
+        self.chat = settings.get("chat") or render_chat(tokenizer, settings["prompt"])
+        prefix, suffix, end_of_turn = self.chat
         self.tokenizer, self.n_token_embeddings = tokenizer, n_token_embeddings
         self.prefix_ids, self.suffix_ids = self.tokenize(prefix), self.tokenize(suffix)
         [self.end_of_turn_id] = self.tokenize(end_of_turn)  # one token

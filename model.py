@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import whisper
 from accelerate import PartialState
-from more_itertools import batched
+from more_itertools import always_iterable, batched, map_reduce
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
@@ -26,15 +26,7 @@ from transformers.hf_argparser import HfArg
 from transformers.modeling_utils import local_torch_dtype
 from whisper.audio import HOP_LENGTH, N_FFT, N_SAMPLES_PER_TOKEN, mel_filters
 
-from dataset import (
-    IGNORE_INDEX,
-    PAD,
-    SPEECH,
-    PromptFormat,
-    as_input_error,
-    check_minimum,
-    render_chat,
-)
+from dataset import IGNORE_INDEX, PAD, SPEECH, PromptFormat, as_input_error, check_minimum
 
 
 class Projector(nn.Module):
@@ -144,9 +136,7 @@ class SpeechLLM(nn.Module):
 
 @dataclass
 class ModelArguments:
-    llm_model_name_or_path: str = HfArg(
-        help="a causal LLM with a chat template: hub name or folder"
-    )
+    llm_model_name_or_path: str = HfArg(help="a causal LLM with chat template: hub name or folder")
     whisper_model_name_or_path: str = HfArg(help="a model name of openai-whisper, or a file")
     projector_model_path: str | None = HfArg(
         default=None, help="a model.safetensors of train.py; in training, the one to start from"
@@ -186,7 +176,7 @@ def load_settings(args, projector_args):
             saved = json.loads(safe_open(path, "pt").metadata()["west"])
             settings = {name: saved[name] for name in (*settings, "chat")}
     names = "llm_model_name_or_path", "whisper_model_name_or_path"
-    return {**{name: getattr(args, name) for name in names}, **settings}
+    return {name: getattr(args, name) for name in names} | settings
 
 
 def load_llm(name, dtype):
@@ -229,10 +219,9 @@ def load_speech_llm(args, device=None, dtype=None, seed=0, projector_args=None):
         encoder = SpeechEncoder(args.whisper_model_name_or_path, window, device, dtype)
     with as_input_error(f"--llm_model_name_or_path {llm_name}: expected an LLM with chat template"):
         tokenizer, llm = load_llm(llm_name, dtype)
-        if "chat" not in settings:
-            settings["chat"] = render_chat(tokenizer, settings["prompt"])
         embedding = llm.get_input_embeddings()
         prompts = PromptFormat(tokenizer, settings, encoder, embedding.num_embeddings)
+    settings["chat"] = prompts.chat
     keep_stop_tokens_only(llm, prompts.end_of_turn_id)
     torch.manual_seed(seed)  # here, because loading may have consumed random numbers
     sizes = encoder.output_dim, embedding.embedding_dim, settings["projector_hidden_dim"]
@@ -247,9 +236,8 @@ def load_speech_llm(args, device=None, dtype=None, seed=0, projector_args=None):
 def keep_stop_tokens_only(llm, end_of_turn_id):
     """Replaces the LLM's generation config by one that has only stop tokens."""
     eos_ids = llm.generation_config.eos_token_id  # an id, a list or None
-    stop_ids = {end_of_turn_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])} - {None}
-    config = GenerationConfig(eos_token_id=list(stop_ids), pad_token_id=end_of_turn_id)
-    llm.generation_config = config
+    stop_ids = list({end_of_turn_id, *always_iterable(eos_ids)})
+    llm.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=end_of_turn_id)
 
 
 class SpeechEncoder:
@@ -288,16 +276,15 @@ class SpeechEncoder:
         """
         waveforms = waveforms.to(self.device).float() / 32768
         waveforms = waveforms.split(n_samples)
-        n_frames = [self.n_frames(n) for n in n_samples]
-        encoded = [None] * len(waveforms)
+        indices = range(len(waveforms))
+        indices_by_length = map_reduce(indices, keyfunc=lambda i: self.n_frames(n_samples[i]))
+        encoded = {}  # index: frames
         with torch.autocast(self.device.type, enabled=False):  # the spectrogram needs float32
-            for length in sorted(set(n_frames)):
-                same_length = [i for i, n in enumerate(n_frames) if n == length]
+            for length, same_length in indices_by_length.items():
                 for chunk in batched(same_length, 64):  # bounds the memory
                     frames = self.encode([waveforms[i] for i in chunk], length)
-                    for i, utterance_frames in zip(chunk, frames, strict=True):
-                        encoded[i] = utterance_frames
-        return pad_sequence(encoded, batch_first=True)
+                    encoded.update(zip(chunk, frames, strict=True))
+        return pad_sequence([encoded[i] for i in indices], batch_first=True)
 
     def n_frames(self, n_samples):
         """Returns the number of frames: all 1500, or those of the audio, rounded up to 2 s."""
@@ -313,8 +300,8 @@ class SpeechEncoder:
         only n_frames.
         """
         audio = pad_sequence(waveforms, batch_first=True)
-        n_missing = self.max_frames * self.samples_per_frame - audio.shape[1]
-        mel = self.log_mel(F.pad(audio, (0, n_missing))).to(self.dtype)  # (B, n_mels, 3000)
+        audio = whisper.pad_or_trim(audio, self.max_frames * self.samples_per_frame)
+        mel = self.log_mel(audio).to(self.dtype)  # (B, n_mels, 3000)
         x = F.gelu(self.encoder.conv1(mel))
         x = F.gelu(self.encoder.conv2(x)).transpose(1, 2)  # (B, max_frames, D_enc)
         x = (x + self.encoder.positional_embedding)[:, :n_frames].contiguous()

@@ -26,22 +26,15 @@ import jiwer
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from more_itertools import batched, constrained_batches
+from more_itertools import batched, constrained_batches, flatten, split_into
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.hf_argparser import HfArg, HfArgumentParser
+from whisper.audio import SAMPLE_RATE
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
-from dataset import (
-    SAMPLE_RATE,
-    InputError,
-    SpeechDataset,
-    as_input_error,
-    as_int16,
-    check_minimum,
-    load_audio,
-)
+from dataset import InputError, SpeechDataset, as_input_error, as_int16, check_minimum, load_audio
 from model import ModelArguments, load_speech_llm
 
 
@@ -84,18 +77,19 @@ def transcribe(model, prompts, inputs, batch_size=64, **generate_kwargs):
     """
     if isinstance(inputs, str | Path):
         raise TypeError("expected a list of files or waveforms, not a single path")
-    inputs, segments = list(inputs), []  # segments: pairs of (index of the input, waveform)
-    for i, item in enumerate(inputs):
+    segments = []  # a list for each input
+    for item in inputs:
         waveform = load_audio(item) if isinstance(item, str | Path) else as_int16(item)
-        segments += [(i, segment) for segment in split_at_pauses(waveform, prompts.max_samples)]
-    texts, flags = [[] for _ in inputs], [None for _ in inputs]
-    for batch in batched(segments, batch_size):
-        indices, waveforms = zip(*batch, strict=True)
-        decoded = decode_batch(model, prompts, waveforms, **generate_kwargs)
-        for i, (text, flag) in zip(indices, decoded, strict=True):
-            texts[i].append(text)
-            flags[i] = flags[i] or flag
-    return [(" ".join(filter(None, t)), flag) for t, flag in zip(texts, flags, strict=True)]
+        segments.append(split_at_pauses(waveform, prompts.max_samples))
+    decoded = []
+    for batch in batched(flatten(segments), batch_size):
+        decoded += decode_batch(model, prompts, batch, **generate_kwargs)
+    results = []
+    for decoded_segments in split_into(decoded, map(len, segments)):
+        texts, flags = zip(*decoded_segments, strict=True)
+        flag = next(filter(None, flags), None)  # of the first flagged segment
+        results.append((" ".join(filter(None, texts)), flag))
+    return results
 
 
 def split_at_pauses(waveform, max_samples):
@@ -108,7 +102,7 @@ def split_at_pauses(waveform, max_samples):
         end = cuts[-1] + max_samples
         n_frames = max_samples // 6 // frame_length
         start = end - n_frames * frame_length
-        frames = waveform[start:end].reshape(n_frames, frame_length).astype(float)
+        frames = waveform[start:end].reshape(-1, frame_length).astype(float)
         quietest = (frames**2).sum(axis=1).argmin()
         cuts.append(start + quietest * frame_length + frame_length // 2)
     return [waveform[start:end] for start, end in pairwise([*cuts, len(waveform)])]
@@ -128,14 +122,13 @@ def decode_batch(
         n_candidates = len(token_ids) // len(limits)
         return token_ids.shape[1] >= limit_of_sequence.repeat_interleave(n_candidates)
 
-    # Not generate's own repetition_penalty: that one spares as many new tokens as a prompt has
-    # padding, as if they were the prompt
-    penalty = RepetitionPenaltyLogitsProcessor(float(repetition_penalty))
     sequences = model.generate(
         **prompts.recognition_batch(waveforms),
         max_new_tokens=max(limits),
         stopping_criteria=[at_limit],
-        logits_processor=[penalty],
+        # Not generate's own repetition_penalty: that one spares as many new tokens as a prompt has
+        # padding, as if they were the prompt
+        logits_processor=[RepetitionPenaltyLogitsProcessor(float(repetition_penalty))],
         **generate_kwargs,
     )
     stop_ids = model.llm.generation_config.eos_token_id
@@ -192,8 +185,8 @@ NORMALIZERS = {None: str, "english": EnglishTextNormalizer(), "basic": BasicText
 
 def choose_metric(references):
     """Returns "cer" if most letters of the references are of unspaced scripts, else "wer"."""
-    letters = [character for character in "".join(references) if character.isalpha()]
-    n_unspaced = sum(bool(UNSPACED_SCRIPTS.match(letter)) for letter in letters)
+    letters = "".join(filter(str.isalpha, "".join(references)))
+    n_unspaced = len(UNSPACED_SCRIPTS.findall(letters))
     return "cer" if 2 * n_unspaced > len(letters) else "wer"
 
 
@@ -283,8 +276,7 @@ def write_results(records, summary, arguments, args):
 def parse_flags():
     parser = HfArgumentParser((ModelArguments, DecodingArguments, GenerationArguments))
     with as_input_error("wrong flags"):
-        arguments = parser.parse_args_into_dataclasses()
-    model_args, args, generation_args = arguments
+        model_args, args, generation_args = parser.parse_args_into_dataclasses()
     if not model_args.projector_model_path:
         raise InputError("--projector_model_path: expected a model.safetensors of train.py")
     result = Path(args.result_path).resolve()  # of a link, the file behind it
@@ -297,12 +289,11 @@ def parse_flags():
     check_minimum(args, batch_size=1, num_workers=0)
     check_minimum(generation_args, num_beams=1, max_new_tokens=0, no_repeat_ngram_size=0)
     check_minimum(generation_args, repetition_penalty=0.001, length_penalty=-math.inf)  # no nan
-    return arguments
+    return model_args, args, generation_args
 
 
 def main():
-    arguments = parse_flags()
-    model_args, args, generation_args = arguments
+    model_args, args, generation_args = parse_flags()
     dataset = SpeechDataset(args.data_path, require_text=False)
     state = PartialState(args.use_cpu, timeout=timedelta(days=30))  # processes wait for the slowest
     dtype = getattr(torch, args.dtype) if args.dtype else None
@@ -319,7 +310,7 @@ def main():
     seconds = sum(record["seconds"] for record in records)
     summary = summarize(records, args.metric, args.normalize)
     summary += f"\nRTFx {seconds / wall:.1f} ({seconds:.1f} s of audio in {wall:.1f} s)"
-    unreadable = write_results(records, summary, arguments, args)
+    unreadable = write_results(records, summary, [model_args, args, generation_args], args)
     print(summary)  # last, so that a closed pipe loses nothing
     if unreadable:
         message = "could not read these files; their lines in the result are empty:"

@@ -64,7 +64,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.resume_from_checkpoint == "True":
             self.resume_from_checkpoint = None  # the default is the latest checkpoint
         # Without a GPU, torchrun's processes would not form a group and would each train alone
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.use_cpu |= not torch.accelerator.is_available()
         super().__post_init__()
         # Copies of pinned batches need not wait for the GPU
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
@@ -119,7 +119,7 @@ class ProjectorTrainer(transformers.Trainer):
         if self.is_deepspeed_enabled:  # ZeRO-3 has partitioned the projector over all processes
             import deepspeed
 
-            gathered = deepspeed.zero.GatheredParameters(list(self.model.projector.parameters()))
+            gathered = deepspeed.zero.GatheredParameters(self.model.projector.parameters())
         with gathered:
             with as_input_error(f"{folder}: not saved"):
                 check_finite(self.model.state_dict())
@@ -167,8 +167,8 @@ def find_checkpoint(args):
     It is --resume_from_checkpoint, or else the latest complete one of --output_dir. Raises
     InputError unless every process can resume from it.
     """
-    steps = {str(path): saved_step(path) for path in Path(args.output_dir).glob("checkpoint-*")}
-    latest = max(filter(steps.get, steps), key=steps.get, default="")
+    complete = filter(saved_step, Path(args.output_dir).glob("checkpoint-*"))
+    latest = max(complete, key=saved_step, default="")
     checkpoint = str(args.resume_from_checkpoint or latest)
     step = saved_step(checkpoint) if checkpoint else 0
     seen_by_processes = set(gather_object([(checkpoint, step)]))
@@ -193,7 +193,7 @@ def main():
 
         deepspeed.init_distributed()  # Trainer does not do this with --use_cpu
     print_once = PartialState().print  # on one process per node
-    paths = [path for path in (args.data_path, args.eval_data_path) if path]
+    paths = filter(None, [args.data_path, args.eval_data_path])
     datasets = [SpeechDataset(path, require_text=True) for path in paths]
     checkpoint, step = find_checkpoint(args)
     if checkpoint:
@@ -203,12 +203,12 @@ def main():
     for dataset in datasets:
         n_dropped = dataset.drop_long(prompts, args.model_max_length)
         print_once(f"{dataset.path}: {len(dataset)} utterances, {n_dropped} skipped as too long")
-    n_parameters = sum(parameter.numel() for parameter in model.projector.parameters())
-    print_once(f"Training {n_parameters:,} parameters; settings: {model.settings}")
     prepare_llm(model.llm, args)
     trainer = ProjectorTrainer(
         model, args, prompts.collate, *datasets, compute_metrics=compute_metrics
     )
+    n_parameters = trainer.get_num_trainable_parameters()
+    print_once(f"Training {n_parameters:,} parameters; settings: {model.settings}")
     # Trainer would train a finished run for one more step
     *_, max_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     if step >= max_steps:
@@ -231,14 +231,13 @@ class EpochLengthSampler(LengthGroupedSampler):
     def __init__(self, trainer):
         self.trainer, args = trainer, trainer.args
         batch_size = args.train_batch_size * args.gradient_accumulation_steps
+        self.seed = args.seed if args.data_seed is None else args.data_seed
         super().__init__(batch_size, lengths=trainer.train_dataset.seconds)
 
     def __iter__(self):
         # The epoch is Trainer's: accelerate does not call set_epoch in an epoch that is resumed
         epoch = int(self.trainer.state.epoch or 0)
-        args = self.trainer.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.generator = torch.Generator().manual_seed(seed + epoch)
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
         return super().__iter__()
 
 
