@@ -136,7 +136,8 @@ def load_audio(path, stated_seconds=None):
                 in_header = header_seconds(file)
             waveform = soxr.resample(samples.mean(axis=1), file.samplerate, SAMPLE_RATE)
         except (soundfile.LibsndfileError, TypeError) as error:
-            # ffmpeg tries what libsndfile does not know: code 1, or a TypeError for raw audio
+            # ffmpeg tries what libsndfile does not know: its error then has code 1. For raw audio
+            # soundfile raises a TypeError, which has no code. Any other error: a damaged file
             if getattr(error, "code", 1) != 1:
                 raise
             waveform, in_header = decode_with_ffmpeg(path), None
@@ -157,8 +158,8 @@ def header_seconds(file):
     if file.format == "OGG" and Path(file.name).read_bytes().count(b"OggS\0\2") > 1:
         raise ValueError("several Ogg streams joined in one file; convert it, for example to flac")
     seconds = file.frames / file.samplerate
-    # For a truncated file libsndfile counts only the frames that exist. Its log then has a line
-    # "data : STATED (should be ACTUAL)", in bytes
+    # For a truncated file, file.frames counts only what exists. libsndfile then logs the header's
+    # size and the real one, in bytes: "data : HEADER (should be REAL)"
     size = re.search(r"(?:data|SSND|riff|[Ss]ize) +: (\d+) \(should be (\d+)\)", file.extra_info)
     stated, actual = map(int, size.groups()) if size else (0, 0)
     if 0 < actual < stated < 0x7FFF0000:  # a larger size is the placeholder of a streaming encoder

@@ -67,8 +67,8 @@ class SpeechLLM(nn.Module):
         of their B lengths.
         """
         frames = self.encoder(torch.as_tensor(waveforms), n_samples)  # (B, n_frames, D_enc)
-        # The convolution drops an incomplete last stride, so zeros complete it. If it is complete,
-        # they make one embedding more, which is not used
+        # The convolution drops an incomplete last stride, so zeros complete it. If nothing was
+        # incomplete, the zeros give one extra embedding, which no SPEECH position uses
         frames = F.pad(frames, (0, 0, 0, self.settings["projector_stride"]))
         speech = self.projector(frames.to(next(self.projector.parameters()).dtype))  # (B, N, D)
         text = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # (B, T, D)
@@ -91,7 +91,8 @@ class SpeechLLM(nn.Module):
         embeds = self.embed(input_ids, waveforms, n_samples)
         # Without autocast the LLM computes in its own dtype, as in recognition
         with torch.autocast(embeds.device.type, enabled=False):
-            # Only the logits that predict a target, at (B, K) positions: all would take gigabytes
+            # Only the logits that predict a target: those of all positions would take gigabytes.
+            # transformers accepts (B, K) positions here; row b selects from sequence b
             output = self.llm(
                 inputs_embeds=embeds, logits_to_keep=target_positions, use_cache=False
             )
@@ -183,8 +184,8 @@ def load_llm(name, dtype):
     """Returns (tokenizer, frozen LLM). Raises ValueError if the LLM cannot work on embeddings."""
     tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
     text_config = config.get_text_config()
-    # No dropout or jitter in the frozen LLM. It must be in training mode, because transformers
-    # checkpoints gradients in training mode only
+    # No dropout or jitter in the frozen LLM. eval() cannot ensure this: Trainer sets training mode,
+    # and gradient checkpointing in transformers works in that mode only
     rates = [key for key, value in vars(text_config).items() if isinstance(value, float)]
     text_config.update({key: 0.0 for key in rates if "drop" in key or "jitter" in key})
     llm = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
@@ -271,8 +272,8 @@ class SpeechEncoder:
     def __call__(self, waveforms, n_samples):
         """Encodes concatenated int16 samples; returns frames (B, n_frames, D_enc), zero-padded.
 
-        waveforms: a tensor. n_samples: a list of B lengths. Utterances of the same number of frames
-        are encoded together, so that no frame depends on padding or on other utterances.
+        waveforms: a tensor. n_samples: a list of B lengths. Utterances with equally many frames are
+        encoded together, so that the result does not depend on the rest of the batch.
         """
         waveforms = waveforms.to(self.device).float() / 32768
         waveforms = waveforms.split(n_samples)

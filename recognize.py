@@ -118,7 +118,8 @@ def decode_batch(
     limits = [max_new_tokens or 20 + round(10 * len(w) / SAMPLE_RATE) for w in waveforms]
     limit_of_sequence = torch.tensor(limits, device=model.encoder.device)
 
-    def at_limit(token_ids, scores, **kwargs):  # token_ids (B * number of candidates, new tokens)
+    # token_ids (B * n_candidates, new tokens): 1 candidate if greedy, more than num_beams if not
+    def at_limit(token_ids, scores, **kwargs):
         n_candidates = len(token_ids) // len(limits)
         return token_ids.shape[1] >= limit_of_sequence.repeat_interleave(n_candidates)
 
@@ -126,14 +127,14 @@ def decode_batch(
         **prompts.recognition_batch(waveforms),
         max_new_tokens=max(limits),
         stopping_criteria=[at_limit],
-        # Not generate's own repetition_penalty: that one spares as many new tokens as a prompt has
-        # padding, as if they were the prompt
+        # Not generate's own repetition_penalty: it would ignore the first new tokens, as many as
+        # the prompt has padding, because it takes them for the prompt
         logits_processor=[RepetitionPenaltyLogitsProcessor(float(repetition_penalty))],
         **generate_kwargs,
     )
     stop_ids = model.llm.generation_config.eos_token_id
     for token_ids, limit in zip(sequences.tolist(), limits, strict=True):
-        # The padding is cut off: it is end-of-turn tokens, as if the LLM had ended by itself
+        # What follows is padding by end-of-turn tokens, as if the LLM had ended by itself
         token_ids = token_ids[:limit]
         text_ids = list(takewhile(lambda token_id: token_id not in stop_ids, token_ids))
         text = prompts.tokenizer.decode(text_ids, skip_special_tokens=True)
@@ -284,8 +285,8 @@ def parse_flags():
         TemporaryFile(dir=result.parent).close()  # fails now, not after decoding
         if result.exists() and not result.is_file():
             raise ValueError("not a file")
-        if result == Path(args.data_path).resolve():
-            raise ValueError("it is the --data_path")
+        if Path(args.data_path).resolve() in (result, Path(f"{result}.report")):
+            raise ValueError("it would replace the --data_path")
     check_minimum(args, batch_size=1, num_workers=0)
     check_minimum(generation_args, num_beams=1, max_new_tokens=0, no_repeat_ngram_size=0)
     check_minimum(generation_args, repetition_penalty=0.001, length_penalty=-math.inf)  # no nan

@@ -137,7 +137,8 @@ class ProjectorTrainer(transformers.Trainer):
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        # After this wait Trainer writes trainer_state.json, which so marks a complete checkpoint
+        # Trainer writes trainer_state.json next. By then every process has saved its part, so that
+        # this file marks a complete checkpoint
         self.accelerator.wait_for_everyone()
 
 
@@ -147,6 +148,8 @@ def compute_metrics(prediction):
     prediction.predictions (utterances, 3): token_sums of SpeechLLM.forward.
     """
     loss, n_targets, n_correct = prediction.predictions.sum(axis=0, dtype=float)
+    if n_targets == 0:
+        raise InputError("--eval_data_path: no utterance could be read")
     # "loss" replaces Trainer's own eval_loss, which is a mean over batches
     return {"loss": loss / n_targets, "token_accuracy": n_correct / n_targets}
 
@@ -154,7 +157,7 @@ def compute_metrics(prediction):
 def saved_step(checkpoint):
     """Returns the step of a checkpoint, or 0 if it lacks something that resuming needs."""
     with contextlib.suppress(OSError, ValueError):
-        # --save_only_model writes no scheduler.pt; a scheduler of DeepSpeed's is in its own files
+        # --save_only_model writes neither file. "latest" is DeepSpeed's
         if any(Path(checkpoint, name).exists() for name in ("scheduler.pt", "latest")):
             # Written last
             return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
@@ -211,12 +214,13 @@ def main():
     print_once(f"Training {n_parameters:,} parameters; settings: {model.settings}")
     # Trainer would train a finished run for one more step
     *_, max_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
-    if step >= max_steps:
+    if step < max_steps:
+        print_once(f"Resuming from {checkpoint}" if checkpoint else "Starting from step 0")
+        trainer.train(resume_from_checkpoint=checkpoint or None)
+    else:
         print_once(f"Training is finished: {checkpoint} is at step {step} of {max_steps}")
-        return
-    print_once(f"Resuming from {checkpoint}" if checkpoint else "Starting from step 0")
-    trainer.train(resume_from_checkpoint=checkpoint or None)
-    trainer.save_model()
+    if step < max_steps or not Path(args.output_dir, "model.safetensors").exists():
+        trainer.save_model()
 
 
 # EpochLengthSampler and prepare_llm are for speed only. They can be deleted with their calls.
@@ -252,8 +256,8 @@ def prepare_llm(llm, args):
         deepspeed.utils.set_z3_leaf_modules(llm, [GradientCheckpointingLayer])
     if args.compile:
         if args.gradient_checkpointing:
-            # Compiled layers recompute activations by themselves, so that Trainer's flag, which has
-            # two names, is turned off
+            # Compiled layers recompute activations by themselves, so turn Trainer's flag off, by
+            # both of its names
             torch._functorch.config.activation_memory_budget = 0
             args.gradient_checkpointing = args.activation_checkpointing = False
         for layer in llm.modules():

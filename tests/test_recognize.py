@@ -680,6 +680,14 @@ def test_a_result_that_is_a_link(tmp_path, demo_jsonl, demo_transcripts):
         recognized(dict.fromkeys(DEMO, "/nowhere"), demo_jsonl, link)
 
 
+@pytest.mark.parametrize("data", ["result", "result.report"])
+def test_a_result_never_replaces_the_data(tmp_path, demo_jsonl, data):
+    """Neither the result nor the report may be the jsonl."""
+    shutil.copy(demo_jsonl, tmp_path / data)
+    with pytest.raises(InputError, match="--result_path .*would replace the --data_path"):
+        recognized(dict.fromkeys(DEMO, "/nowhere"), tmp_path / data, tmp_path / "result")
+
+
 def test_a_hypothesis_stays_on_its_line(tmp_path, demo_jsonl, demo_transcripts):
     """Line breaks of any kind in what the LLM says become spaces."""
     llm = tmp_path / "llm"

@@ -413,6 +413,27 @@ def mistaken(parts, monkeypatch, tmp_path):
     return message
 
 
+def test_evaluation_without_audio(mistaken, tmp_path):
+    """An evaluation whose audio cannot be read says so, and not that training has diverged."""
+    line = {"wav": "absent.wav", "txt": "one", "duration": 0.2}
+    (tmp_path / "eval.jsonl").write_text(json.dumps(line))
+    flags = as_flags(max_steps=1, eval_steps=1, save_strategy="no", report_to="none")
+    flags += as_flags(eval_data_path=tmp_path / "eval.jsonl", eval_strategy="steps")
+    assert mistaken(*flags) == "--eval_data_path: no utterance could be read"
+
+
+def test_a_finished_run_without_its_projector(parts, in_docker, tmp_path):
+    """A run that was killed after its last checkpoint gets its model.safetensors when it is
+    started again."""
+    out = shutil.copytree(in_docker[1], tmp_path / "out")
+    (out / "model.safetensors").unlink()
+    flags = ["--data_path", in_docker[0], "--output_dir", out, "--use_cpu"]
+    flags += as_flags(max_steps=10, save_steps=10, report_to="none", per_device_train_batch_size=64)
+    assert "Training is finished" in run(sys.executable, "train.py", *parts[1], *flags).stdout
+    saved = (out / "checkpoint-10" / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == saved
+
+
 def test_data_that_cannot_be_used(mistaken, tmp_path):
     """A jsonl that is not there is named, for training as for evaluation, and so is a
     --model_max_length that no utterance fits."""
