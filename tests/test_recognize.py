@@ -684,7 +684,7 @@ def test_a_result_that_is_a_link(tmp_path, demo_jsonl, demo_transcripts):
 def test_a_result_never_replaces_the_data(tmp_path, demo_jsonl, data):
     """Neither the result nor the report may be the jsonl."""
     shutil.copy(demo_jsonl, tmp_path / data)
-    with pytest.raises(InputError, match="--result_path .*would replace the --data_path"):
+    with pytest.raises(InputError, match=r"--result_path .*would replace the --data_path"):
         recognized(dict.fromkeys(DEMO, "/nowhere"), tmp_path / data, tmp_path / "result")
 
 
