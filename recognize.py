@@ -62,7 +62,7 @@ class GenerationArguments:
     """The flags of transformers' generate."""
 
     num_beams: int = HfArg(default=1, help="1 is greedy search")
-    length_penalty: float = HfArg(default=1.0, help="above 0 favours longer beams")
+    length_penalty: float = HfArg(default=1.0, help="above 0 favours longer hypotheses")
     repetition_penalty: float = HfArg(default=1.0, help="above 1 makes repetitions less likely")
     no_repeat_ngram_size: int = HfArg(default=0, help="above 0: size of n-grams not to repeat")
     max_new_tokens: int = HfArg(default=0, help="0 means 20 plus 10 per second of audio")
@@ -285,7 +285,7 @@ def parse_flags():
         TemporaryFile(dir=result.parent).close()  # fails now, not after decoding
         if result.exists() and not result.is_file():
             raise ValueError("not a file")
-        if Path(args.data_path).resolve() in (result, Path(f"{result}.report")):
+        if Path(args.data_path).resolve() in (result, Path(f"{args.result_path}.report").resolve()):
             raise ValueError("it would replace the --data_path")
     check_minimum(args, batch_size=1, num_workers=0)
     check_minimum(generation_args, num_beams=1, max_new_tokens=0, no_repeat_ngram_size=0)

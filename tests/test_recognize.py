@@ -688,6 +688,15 @@ def test_a_result_never_replaces_the_data(tmp_path, demo_jsonl, data):
         recognized(dict.fromkeys(DEMO, "/nowhere"), tmp_path / data, tmp_path / "result")
 
 
+def test_the_report_beside_a_link_never_replaces_the_data(tmp_path, demo_jsonl):
+    """The report lies beside the link that --result_path names, not beside the file behind it."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "result").symlink_to(tmp_path / "elsewhere" / "result")
+    data = shutil.copy(demo_jsonl, tmp_path / "result.report")
+    with pytest.raises(InputError, match=r"--result_path .*would replace the --data_path"):
+        recognized(dict.fromkeys(DEMO, "/nowhere"), data, tmp_path / "result")
+
+
 def test_a_hypothesis_stays_on_its_line(tmp_path, demo_jsonl, demo_transcripts):
     """Line breaks of any kind in what the LLM says become spaces."""
     llm = tmp_path / "llm"
